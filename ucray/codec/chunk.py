@@ -1,0 +1,335 @@
+"""Chunks of voxels to bytes and back: normalisation, fill, choice of kind, reconstruction.
+
+Encoding has two halves, so that a GPU does the first and CPUs the second: `ChunkEncoder.draft` runs
+the networks, `pack` codes the integers that come out. Decoding needs the stream and a student.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numcodecs import zstd
+
+from ucray.codec import entropy
+from ucray.codec.bitstream import Chunk, Kind, NeuralBody, read_chunk, write_chunk
+from ucray.codec.codebook import quantise_codes
+from ucray.codec.fill import fill_mask, inpaint, keep_off_fill, pack_mask, unpack_mask
+from ucray.codec.network import Analysis, Synthesis, load_network
+from ucray.codec.weights import Weights
+from ucray.errors import ChunkError, DtypeError, SettingsError
+from ucray.grid import Box, Shape3, format_shape, triple
+from ucray.quality import ErrorSum
+
+Voxels = npt.NDArray[np.generic]
+Network = TypeVar("Network", bound=torch.nn.Module)
+
+DTYPES = ("uint8", "uint16", "int16", "float32")
+"""Voxel types that are served."""
+
+RAW_LEVEL = 3
+"""zstd level of raw chunks."""
+
+LARGEST_SYMBOL = 32767
+
+
+@dataclass(frozen=True)
+class ChunkFormat:
+    """What all chunks of an archive share.
+
+    Parameters
+    ----------
+    shape
+        Voxels of a chunk (z, y, x).
+    dtype
+        One of DTYPES.
+    fill_value
+        The value that stands for "nothing here".
+    offset, scale
+        The networks see (voxel - offset) / scale: mean and standard deviation of the volume.
+    """
+
+    shape: Shape3
+    dtype: str
+    fill_value: float
+    offset: float
+    scale: float
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise DtypeError(f"voxels of type {self.dtype} are not served; {', '.join(DTYPES)} are")
+        if not (math.isfinite(self.offset) and math.isfinite(self.scale) and self.scale > 0):
+            raise SettingsError(f"a volume scale of {self.scale} and offset of {self.offset} cannot be used")
+
+    @property
+    def voxels(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.voxels * np.dtype(self.dtype).itemsize
+
+    def check_stride(self, stride: Shape3) -> None:
+        """Refuse a chunk shape that the networks cannot divide evenly."""
+        if any(n % s for n, s in zip(self.shape, stride, strict=True)):
+            raise SettingsError(
+                f"chunk shape {format_shape(self.shape)} must be a multiple of {format_shape(stride)} "
+                "with these weights"
+            )
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One chunk between the two halves of encoding: integers, no voxels.
+
+    `codes`, `symbols` and `quality` belong to a neural chunk; `value` to a constant one; `raw` is a
+    zstd frame, present where it might be the shorter form. `error` is that of the neural form.
+    """
+
+    origin: Shape3 | None
+    mask: bytes
+    value: bytes
+    raw: bytes
+    quality: int
+    codes: npt.NDArray[np.uint8]
+    symbols: npt.NDArray[np.int16]
+    error: ErrorSum
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A coded chunk and its figures; no bytes at all for a chunk of nothing but fill."""
+
+    data: bytes
+    kind: Kind
+    error: ErrorSum
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the networks say of one chunk, before any quality is chosen.
+
+    `centred` are latents less their mean, float32 (latents, Z, Y, X); `codes` uint8 (stages, z, y, x).
+    """
+
+    codes: npt.NDArray[np.uint8]
+    centred: npt.NDArray[np.float32]
+
+
+class ChunkDecoder:
+    """Decodes chunks with one network, the student unless told otherwise."""
+
+    def __init__(
+        self, weights: Weights, chunk: ChunkFormat, *, part: str = "student", device: str = "cpu"
+    ) -> None:
+        chunk.check_stride(weights.config.stride)
+        self.format = chunk
+        self._config = weights.config
+        self._stream = weights.stream
+        self._digest = bytes.fromhex(weights.stream_digest)[:4]
+        self._device = torch.device(device)
+        self._codebook = torch.from_numpy(weights.codebook.astype(np.float32)).to(self._device)
+        sizes = weights.config.teacher if part == "teacher" else weights.config.student
+        self._synthesis = Synthesis(weights.config, sizes)
+        load_network(weights, part, self._synthesis)
+        self._synthesis = _ready(self._synthesis, self._device)
+
+    def decode(self, data: bytes, origin: Shape3 | None = None) -> Voxels:
+        """Voxels of one chunk, in the archive's dtype and chunk shape.
+
+        Parameters
+        ----------
+        data
+            What `pack` wrote.
+        origin
+            The chunk's index, where known: a chunk that says it belongs elsewhere is refused.
+
+        Raises
+        ------
+        ChunkError
+            If the bytes are damaged, belong elsewhere, or were coded with other weights.
+        """
+        chunk = read_chunk(data)
+        if chunk.stream_digest != self._digest:
+            raise ChunkError(
+                f"a chunk coded with weights {chunk.stream_digest.hex()}, decoded with {self._digest.hex()}"
+            )
+        if origin is not None and chunk.origin is not None and chunk.origin != origin:
+            raise ChunkError(f"the chunk of place {chunk.origin} stands at place {origin}")
+        dtype = np.dtype(self.format.dtype).newbyteorder("<")
+        if isinstance(chunk.body, NeuralBody):
+            codes, symbols = entropy.decode(
+                self._stream, chunk.body.words, chunk.body.escapes, self._code_grid, chunk.body.quality
+            )
+            voxels = self.reconstruct(codes, symbols, chunk.body.quality)
+        elif chunk.kind is Kind.CONSTANT:
+            if len(chunk.body) != dtype.itemsize:
+                raise ChunkError("a constant chunk that does not hold one value")
+            voxels = np.full(self.format.shape, np.frombuffer(chunk.body, dtype)[0], self.format.dtype)
+        else:
+            raw = np.empty(self.format.shape, dtype)
+            try:
+                zstd.decompress(chunk.body, raw)
+            except (RuntimeError, ValueError):
+                raise ChunkError("a raw chunk that does not unpack to the chunk's shape") from None
+            return raw.astype(self.format.dtype)
+        mask = unpack_mask(chunk.mask, self.format.shape) if chunk.mask else np.zeros(self.format.shape, bool)
+        return keep_off_fill(voxels, mask, self.format.fill_value)
+
+    def reconstruct(
+        self, codes: npt.NDArray[np.uint8], symbols: npt.NDArray[np.integer], quality: int
+    ) -> Voxels:
+        """The networks' half of decoding: integers to voxels, before fill is put back."""
+        log_gain = self._stream.log_gain(quality)
+        step = np.exp2(-log_gain).astype(np.float32)[:, None, None, None]
+        y_hat = torch.from_numpy(self._stream.means(codes) + symbols.astype(np.float32) * step)
+        with torch.inference_mode():
+            indices = torch.from_numpy(codes.astype(np.int64)).to(self._device)
+            entries = [book[code] for book, code in zip(self._codebook, indices, strict=True)]
+            prior = torch.stack(entries).sum(dim=0).permute(3, 0, 1, 2)
+            gain = torch.full((1,), float(log_gain.mean()), device=self._device)
+            x_hat = self._synthesis(_channels_last(y_hat[None].to(self._device)), prior[None], gain)
+            values = x_hat[0, 0] * self.format.scale + self.format.offset
+        return _to_dtype(values.cpu().numpy(), self.format.dtype)
+
+    @property
+    def _code_grid(self) -> Shape3:
+        return triple(n // s for n, s in zip(self.format.shape, self._config.stride, strict=True))
+
+
+class ChunkEncoder:
+    """Encodes chunks: networks and, with `pack`, entropy coding.
+
+    Chunks go through the networks one by one on a CPU, so that their bytes do not depend on their
+    company; a convolution library may round differently for another batch size.
+    """
+
+    def __init__(self, weights: Weights, chunk: ChunkFormat, *, device: str = "cpu") -> None:
+        self.decoder = ChunkDecoder(weights, chunk, device=device)
+        self.format = chunk
+        self.stream = weights.stream
+        self._config = weights.config
+        self._digest = weights.stream_digest
+        self._device = torch.device(device)
+        self._codebook = torch.from_numpy(weights.codebook.astype(np.float32)).to(self._device)
+        self._analysis = Analysis(weights.config)
+        load_network(weights, "analysis", self._analysis)
+        self._analysis = _ready(self._analysis, self._device)
+
+    def latents(self, voxels: Voxels) -> Latents:
+        """Run the analysis on one chunk (z, y, x), cut off by the volume's end or not."""
+        padded = self._padded(voxels)
+        mask = torch.from_numpy(fill_mask(padded, self.format.fill_value))[None, None]
+        values = (padded.astype(np.float32) - np.float32(self.format.offset)) / np.float32(self.format.scale)
+        with torch.inference_mode():
+            x = inpaint(torch.from_numpy(values)[None, None].to(self._device), mask.to(self._device))
+            y, z = self._analysis(_channels_last(x))
+            codes = quantise_codes(self._codebook, z)[0].to(torch.uint8).cpu().numpy()
+        return Latents(codes, y[0].cpu().numpy() - self.stream.means(codes))
+
+    def draft(self, voxels: Voxels, quality: int, origin: Shape3 | None = None) -> Draft | None:
+        """First half of encoding one chunk (z, y, x); None if it is nothing but fill."""
+        mask = fill_mask(voxels, self.format.fill_value)
+        if mask.all():
+            return None
+        padded = self._padded(voxels)
+        packed_mask = pack_mask(fill_mask(padded, self.format.fill_value)) if mask.any() else b""
+        empty = Draft(
+            origin, packed_mask, b"", b"", quality, np.empty(0, np.uint8), np.empty(0, np.int16), ErrorSum()
+        )
+        if (kept := voxels[~mask]).min() == kept.max():
+            return replace(empty, value=_little_endian(kept[0]), error=ErrorSum(voxels.size))
+        raw = bytes(zstd.compress(_little_endian(padded), RAW_LEVEL))
+        if not np.isfinite(kept.astype(np.float64)).all():
+            return replace(empty, mask=b"", raw=raw, error=ErrorSum(voxels.size))
+        latents = self.latents(voxels)
+        symbols = self.symbols(latents, quality)
+        inside = Box((0, 0, 0), triple(iter(voxels.shape))).slices
+        decoded = self.decoder.reconstruct(latents.codes, symbols, quality)[inside]
+        error = ErrorSum.between(voxels, keep_off_fill(decoded, mask, self.format.fill_value))
+        if not math.isfinite(error.squared):
+            return replace(empty, mask=b"", raw=raw, error=ErrorSum(voxels.size))
+        # Two bytes a latent are more than any neural chunk takes: a longer raw form cannot win.
+        keep_raw = len(raw) < 2 * symbols.size + latents.codes.size
+        return replace(
+            empty, raw=raw if keep_raw else b"", codes=latents.codes, symbols=symbols, error=error
+        )
+
+    def symbols(self, latents: Latents, quality: int) -> npt.NDArray[np.int16]:
+        """Round latents at a quality: int16 (latents, Z, Y, X)."""
+        gain = np.exp2(self.stream.log_gain(quality))[:, None, None, None]
+        rounded = np.rint(latents.centred * gain)
+        return np.clip(rounded, -LARGEST_SYMBOL, LARGEST_SYMBOL).astype(np.int16)
+
+    def encode(self, voxels: Voxels, quality: int, origin: Shape3 | None = None) -> Packed:
+        """Both halves of encoding one chunk."""
+        return pack(self.draft(voxels, quality, origin), self.stream, self._digest)
+
+    def _padded(self, voxels: Voxels) -> Voxels:
+        if any(n > c for n, c in zip(voxels.shape, self.format.shape, strict=True)):
+            raise SettingsError(f"a chunk of shape {voxels.shape} is larger than {self.format.shape}")
+        missing = [(0, c - n) for n, c in zip(voxels.shape, self.format.shape, strict=True)]
+        return np.pad(voxels, missing, mode="edge")
+
+
+def pack(draft: Draft | None, stream: entropy.StreamTables, stream_digest: str) -> Packed:
+    """Second half of encoding: code a draft and choose the shortest kind. Needs no network."""
+    if draft is None:
+        return Packed(b"", Kind.CONSTANT, ErrorSum())
+    digest = bytes.fromhex(stream_digest)[:4]
+    raw = write_chunk(Chunk(Kind.RAW, digest, draft.origin, b"", draft.raw)) if draft.raw else b""
+    if draft.value:
+        data = write_chunk(Chunk(Kind.CONSTANT, digest, draft.origin, draft.mask, draft.value))
+        return Packed(data, Kind.CONSTANT, draft.error)
+    if draft.symbols.size:
+        words, escapes = entropy.encode(stream, draft.codes, draft.symbols, draft.quality)
+        body = NeuralBody(draft.quality, words, escapes)
+        data = write_chunk(Chunk(Kind.NEURAL, digest, draft.origin, draft.mask, body))
+        if not raw or len(data) < len(raw):
+            return Packed(data, Kind.NEURAL, draft.error)
+    return Packed(raw, Kind.RAW, ErrorSum(draft.error.voxels))
+
+
+def device_for(name: str) -> str:
+    """Resolve "auto" to the device at hand."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def normalisation(samples: Sequence[Voxels], fill_value: float) -> tuple[float, float]:
+    """Offset and scale of a volume from samples of it: mean and standard deviation of tissue.
+
+    Both are rounded to six significant digits, so that they are written and read back exactly.
+    """
+    kept = np.concatenate([s[~fill_mask(s, fill_value)].astype(np.float64).reshape(-1) for s in samples])
+    kept = kept[np.isfinite(kept)]
+    if kept.size == 0 or kept.max() == kept.min():
+        return float(kept[0]) if kept.size else 0.0, 1.0
+    return float(f"{kept.mean():.6g}"), float(f"{kept.std():.6g}")
+
+
+def _to_dtype(values: npt.NDArray[np.float32], dtype: str) -> Voxels:
+    if np.issubdtype(np.dtype(dtype), np.floating):
+        return values.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(np.rint(values), limits.min, limits.max).astype(dtype)
+
+
+def _little_endian(voxels: Voxels | np.generic) -> bytes:
+    array = np.ascontiguousarray(voxels)
+    return array.astype(array.dtype.newbyteorder("<")).tobytes()
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _ready(network: Network, device: torch.device) -> Network:
+    network.requires_grad_(False)
+    return network.eval().to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]

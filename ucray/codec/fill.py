@@ -1,0 +1,112 @@
+"""Fill voxels: padding outside the tissue, which must come back exactly and cost next to nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numcodecs import zstd
+from torch import Tensor
+from torch.nn import functional
+
+from ucray.errors import ChunkError
+
+Mask = npt.NDArray[np.bool_]
+Voxels = npt.NDArray[np.generic]
+
+LEVEL = 9
+"""zstd level of packed masks; they are small."""
+
+
+def fill_mask(voxels: Voxels, fill_value: float) -> Mask:
+    """True where a voxel is the fill value; a fill value of NaN matches NaN."""
+    if np.isnan(fill_value):
+        return np.asarray(np.isnan(voxels.astype(np.float64)))
+    return np.asarray(voxels == voxels.dtype.type(fill_value))
+
+
+def pack_mask(mask: Mask) -> bytes:
+    """Pack a mask (z, y, x): the shorter of its bits, and of where they change along all axes."""
+    changes = mask.copy()
+    for axis in range(mask.ndim):
+        changes ^= _delayed(changes, axis)
+    candidates = (_packed(mask), _packed(changes))
+    best = min(range(2), key=lambda i: len(candidates[i]))
+    return bytes([best]) + candidates[best]
+
+
+def unpack_mask(data: bytes, shape: tuple[int, int, int]) -> Mask:
+    """Undo `pack_mask`.
+
+    Raises
+    ------
+    ChunkError
+        If `data` is no packed mask of that shape.
+    """
+    count = int(np.prod(shape))
+    packed = np.empty(-(-count // 8), dtype=np.uint8)
+    try:
+        zstd.decompress(data[1:], packed)
+    except (RuntimeError, ValueError):
+        raise ChunkError("the mask of fill voxels is damaged") from None
+    mask = np.unpackbits(packed, count=count).astype(bool).reshape(shape)
+    if data[0] == 1:
+        for axis in range(mask.ndim):
+            mask = np.logical_xor.accumulate(mask, axis=axis)
+    elif data[0] != 0:
+        raise ChunkError("the mask of fill voxels has an unknown form")
+    return mask
+
+
+def inpaint(values: Tensor, mask: Tensor) -> Tensor:
+    """Replace masked values of (batch, 1, z, y, x) by averages of what is near and not masked.
+
+    Averages come from ever coarser halvings of the volume, so the result is smooth far from tissue
+    and costs the stream nothing. Entirely masked chunks become zero.
+    """
+    if not bool(mask.any()):
+        return values
+    weight = (~mask).to(values.dtype)
+    return _fill_from_coarser(torch.where(mask, torch.zeros_like(values), values), weight)
+
+
+def keep_off_fill(decoded: Voxels, mask: Mask, fill_value: float) -> Voxels:
+    """Set masked voxels to the fill value, and move any other that met it to the next value."""
+    fill = decoded.dtype.type(fill_value)
+    collided = fill_mask(decoded, fill_value) & ~mask
+    decoded = np.where(mask, fill, decoded)
+    if collided.any() and not np.isnan(fill_value):
+        decoded[collided] = _next_value(fill)
+    return decoded
+
+
+def _next_value(fill: np.generic) -> np.generic:
+    if np.issubdtype(fill.dtype, np.floating):
+        return np.nextafter(fill, fill.dtype.type(np.inf))  # type: ignore[type-var, return-value]
+    top = np.iinfo(fill.dtype).max
+    return fill.dtype.type(int(fill) + 1 if int(fill) < top else top - 1)
+
+
+def _fill_from_coarser(values: Tensor, weight: Tensor) -> Tensor:
+    if min(values.shape[2:]) < 2:
+        total = weight.sum(dim=(2, 3, 4), keepdim=True)
+        mean = values.sum(dim=(2, 3, 4), keepdim=True) / total.clamp_min(1e-6)
+        return torch.where(weight > 0, values / weight.clamp_min(1e-6), mean.expand_as(values))
+    coarse_weight = functional.avg_pool3d(weight, 2, ceil_mode=True, count_include_pad=False)
+    coarse_values = functional.avg_pool3d(values, 2, ceil_mode=True, count_include_pad=False)
+    coarse = _fill_from_coarser(coarse_values, coarse_weight)
+    wide = functional.interpolate(coarse, size=values.shape[2:], mode="trilinear", align_corners=False)
+    return torch.where(weight > 0, values / weight.clamp_min(1e-6), wide)
+
+
+def _delayed(mask: Mask, axis: int) -> Mask:
+    delayed = np.zeros_like(mask)
+    ahead = [slice(None)] * mask.ndim
+    behind = [slice(None)] * mask.ndim
+    ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
+    delayed[tuple(ahead)] = mask[tuple(behind)]
+    return delayed
+
+
+def _packed(mask: Mask) -> bytes:
+    return bytes(zstd.compress(np.packbits(mask), LEVEL))

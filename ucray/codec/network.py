@@ -1,0 +1,195 @@
+"""The networks: analysis g_a to latents, synthesis g_s back, in a teacher and a student size.
+
+::
+
+    x --DWT--> subbands --+--> linear ---------------------(+)--> y   latents
+                          |--> residual blocks --+----------^
+                                                 +--> z           side latents, to the codebook
+
+    y_hat, prior, gain --+--> residual blocks (latent grid, wavelet grid) --+--> subbands --(+)--> x_hat
+                         |                                                  +--> INR ---------^
+                         +--> linear --> subbands ----------------------------------------^
+
+Both directions are a linear transform with a learned correction. The linear part starts as the
+Karhunen-Loeve transform of the training volume, so that training starts from a working transform
+codec instead of from noise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ucray.codec.inr import CoordinateNetwork, cell_coordinates, cells_to_volume
+from ucray.codec.wavelet import WaveletPacket
+from ucray.codec.weights import Weights
+from ucray.config import CodecConfig, SynthesisConfig
+from ucray.errors import WeightsError
+from ucray.grid import Shape3, triple
+
+
+class ResidualBlock(nn.Module):
+    """x plus a spatial convolution, GELU, and a pointwise convolution."""
+
+    def __init__(self, width: int, kernel: Shape3) -> None:
+        super().__init__()
+        self.spatial = nn.Conv3d(width, width, kernel, padding=triple(k // 2 for k in kernel))
+        self.pointwise = nn.Conv3d(width, width, 1)
+        with torch.no_grad():
+            self.pointwise.weight.mul_(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.as_tensor(self.pointwise(functional.gelu(self.spatial(x))))
+
+
+class Analysis(nn.Module):
+    """g_a: normalised chunks (batch, 1, z, y, x) to latents y and side latents z."""
+
+    subband_scale: Tensor
+    latent_scale: Tensor
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        sizes = config.analysis
+        stride = config.latent_stride
+        self.wavelet = WaveletPacket(config.wavelet, config.levels)
+        self.linear = nn.Conv3d(config.subbands, config.latents, stride, stride=stride, bias=False)
+        self.enter = nn.Conv3d(config.subbands, sizes.grid_width, 1)
+        self.grid = nn.Sequential(
+            *(ResidualBlock(sizes.grid_width, config.grid_kernel) for _ in range(sizes.grid_blocks))
+        )
+        self.down = nn.Conv3d(sizes.grid_width, sizes.latent_width, stride, stride=stride)
+        self.latent = nn.Sequential(
+            *(ResidualBlock(sizes.latent_width, (3, 3, 3)) for _ in range(sizes.latent_blocks))
+        )
+        self.correct = nn.Conv3d(sizes.latent_width, config.latents, 1)
+        nn.init.zeros_(self.correct.weight)
+        nn.init.zeros_(self.correct.bias)
+        self.side = nn.Conv3d(
+            sizes.latent_width, config.code_width, config.code_stride, stride=config.code_stride
+        )
+        self.register_buffer("subband_scale", torch.ones(config.subbands))
+        self.register_buffer("latent_scale", torch.ones(config.latents))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents y (batch, latents, ...) on the latent grid and z (batch, code_width, ...)."""
+        subbands = self.wavelet(x)
+        features = functional.gelu(self.enter(subbands / _channels(self.subband_scale)))
+        features = self.latent(functional.gelu(self.down(self.grid(features))))
+        y = self.linear(subbands) + self.correct(features) * _channels(self.latent_scale)
+        return y, self.side(features)
+
+
+class Synthesis(nn.Module):
+    """g_s: dequantised latents, prior and gain to normalised chunks (batch, 1, z, y, x)."""
+
+    subband_scale: Tensor
+    latent_scale: Tensor
+    coordinates: Tensor
+
+    def __init__(self, config: CodecConfig, sizes: SynthesisConfig) -> None:
+        super().__init__()
+        stride = config.latent_stride
+        self.cell = config.grid_stride
+        self.code_stride = config.code_stride
+        self.wavelet = WaveletPacket(config.wavelet, config.levels)
+        self.linear = nn.ConvTranspose3d(config.latents, config.subbands, stride, stride=stride, bias=False)
+        self.enter = nn.Conv3d(config.latents + config.code_width + 1, sizes.latent_width, 1)
+        self.latent = nn.Sequential(
+            *(ResidualBlock(sizes.latent_width, (3, 3, 3)) for _ in range(sizes.latent_blocks))
+        )
+        self.up = nn.ConvTranspose3d(sizes.latent_width, sizes.grid_width, stride, stride=stride)
+        self.grid = nn.Sequential(
+            *(ResidualBlock(sizes.grid_width, config.grid_kernel) for _ in range(sizes.grid_blocks))
+        )
+        self.correct = nn.Conv3d(sizes.grid_width, config.subbands, 1)
+        nn.init.zeros_(self.correct.weight)
+        nn.init.zeros_(self.correct.bias)
+        self.feature = nn.Conv3d(sizes.grid_width, sizes.inr_width, 1)
+        self.inr = CoordinateNetwork(sizes.inr_width)
+        self.register_buffer("subband_scale", torch.ones(config.subbands))
+        self.register_buffer("latent_scale", torch.ones(config.latents))
+        self.register_buffer("coordinates", cell_coordinates(self.cell), persistent=False)
+
+    def forward(self, y_hat: Tensor, prior: Tensor, log_gain: Tensor) -> Tensor:
+        """Chunks (batch, 1, z, y, x).
+
+        Parameters
+        ----------
+        y_hat
+            Dequantised latents (batch, latents, ...) on the latent grid.
+        prior
+            Codebook vectors (batch, code_width, ...) on the grid of codes.
+        log_gain
+            Mean log2 of the quality gain, (batch,): how coarsely y_hat was rounded.
+        """
+        return self.decode(y_hat, self.features(y_hat, prior, log_gain))
+
+    def features(self, y_hat: Tensor, prior: Tensor, log_gain: Tensor) -> Tensor:
+        """Features (batch, grid_width, ...) on the wavelet grid; what distillation compares."""
+        side = functional.interpolate(prior, size=y_hat.shape[2:], mode="nearest")
+        gain = log_gain[:, None, None, None, None].expand(-1, 1, *y_hat.shape[2:]).to(y_hat.dtype)
+        joined = torch.cat([y_hat / _channels(self.latent_scale), side, gain], dim=1)
+        features = self.latent(functional.gelu(self.enter(joined)))
+        return torch.as_tensor(self.grid(functional.gelu(self.up(features))))
+
+    def decode(self, y_hat: Tensor, features: Tensor) -> Tensor:
+        """Chunks from latents (the linear part) and features (its correction)."""
+        subbands = self.linear(y_hat) + self.correct(features) * _channels(self.subband_scale)
+        cells = self.feature(features).permute(0, 2, 3, 4, 1)
+        detail = cells_to_volume(self.inr(cells, self.coordinates), self.cell)
+        return self.wavelet.inverse(subbands) + detail
+
+
+def start_linear(analysis: Analysis, synthesis: Synthesis, tiles: Tensor) -> None:
+    """Set the linear parts to the Karhunen-Loeve transform of `tiles` (batch, 1, z, y, x)."""
+    stride = analysis.linear.stride
+    with torch.no_grad():
+        subbands = analysis.wavelet(tiles)
+        blocks = subbands
+        for axis, size in enumerate(stride, start=2):
+            blocks = blocks.unfold(axis, int(size), int(size))
+        samples = blocks.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, analysis.linear.weight[0].numel())
+        covariance = samples.T.double() @ samples.double() / len(samples)
+        energy, vectors = torch.linalg.eigh(covariance)
+        kept = analysis.linear.out_channels
+        basis = vectors[:, -kept:].flip(1).T.float()
+        # The sign of an eigenvector is arbitrary; fix it so that a seed gives the same weights anywhere.
+        basis = basis * basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()
+        weight = basis.reshape(analysis.linear.weight.shape)
+        analysis.linear.weight.copy_(weight)
+        synthesis.linear.weight.copy_(weight)
+        latent_scale = energy[-kept:].flip(0).clamp_min(1e-6).sqrt().float()
+        subband_scale = subbands.square().mean(dim=(0, 2, 3, 4)).clamp_min(1e-6).sqrt()
+        for network in (analysis, synthesis):
+            network.latent_scale.copy_(latent_scale)
+            network.subband_scale.copy_(subband_scale)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of trained numbers in a network."""
+    return sum(math.prod(parameter.shape) for parameter in module.parameters())
+
+
+def _channels(vector: Tensor) -> Tensor:
+    return vector[None, :, None, None, None]
+
+
+def load_network(weights: Weights, part: str, module: nn.Module) -> None:
+    """Load one part of `weights` ("analysis", "teacher", "student") into its network.
+
+    Raises
+    ------
+    WeightsError
+        If the part is missing or does not fit the network.
+    """
+    arrays = weights.part(part)
+    if not arrays:
+        raise WeightsError(f"the weights hold no {part}; decoder weights cannot do more than decode")
+    try:
+        module.load_state_dict({name: torch.from_numpy(array.astype("float32")) for name, array in arrays.items()})
+    except RuntimeError:
+        raise WeightsError(f"the weights are damaged: the {part} does not fit its configuration") from None

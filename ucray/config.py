@@ -1,0 +1,129 @@
+"""Frozen settings of the codec and of training, checked once where they enter."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ucray.grid import Shape3, triple
+
+QUALITIES = 256
+"""Number of quality settings; quality 0 is the coarsest."""
+
+Width = Annotated[int, Field(ge=1, le=4096)]
+Depth = Annotated[int, Field(ge=0, le=64)]
+Step = Annotated[int, Field(ge=1, le=8)]
+Level = Annotated[int, Field(ge=0, le=4)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AnalysisConfig(Settings):
+    """Widths (channels) and depths (residual blocks) of the analysis network g_a."""
+
+    grid_width: Width = 48
+    grid_blocks: Depth = 1
+    latent_width: Width = 96
+    latent_blocks: Depth = 2
+
+
+class SynthesisConfig(Settings):
+    """Widths and depths of one synthesis network: latent grid, wavelet grid, then the INR."""
+
+    latent_width: Width
+    latent_blocks: Depth
+    grid_width: Width
+    grid_blocks: Depth
+    inr_width: Width
+
+
+class CodecConfig(Settings):
+    """Everything that fixes the shape of the networks and of the stream.
+
+    `levels` are wavelet levels per axis (z, y, x); `latent_stride` leads from the wavelet grid to
+    the latent grid and `code_stride` from there to the grid of codebook codes.
+    """
+
+    wavelet: str = "haar"
+    levels: tuple[Level, Level, Level] = (2, 2, 2)
+    latent_stride: tuple[Step, Step, Step] = (2, 2, 2)
+    code_stride: tuple[Step, Step, Step] = (2, 2, 2)
+    latents: Width = 48
+    code_width: Width = 16
+    code_stages: Annotated[int, Field(ge=1, le=8)] = 2
+    codes: Annotated[int, Field(ge=2, le=256)] = 256
+    analysis: AnalysisConfig = AnalysisConfig()
+    teacher: SynthesisConfig = SynthesisConfig(
+        latent_width=128, latent_blocks=3, grid_width=64, grid_blocks=2, inr_width=8
+    )
+    student: SynthesisConfig = SynthesisConfig(
+        latent_width=48, latent_blocks=2, grid_width=32, grid_blocks=1, inr_width=8
+    )
+
+    @property
+    def grid_stride(self) -> Shape3:
+        """Voxels per cell of the wavelet grid."""
+        return triple(2**level for level in self.levels)
+
+    @property
+    def latent_cell(self) -> Shape3:
+        """Voxels per cell of the latent grid."""
+        return triple(a * b for a, b in zip(self.grid_stride, self.latent_stride, strict=True))
+
+    @property
+    def stride(self) -> Shape3:
+        """Voxels per codebook code; a chunk is a multiple of this on each axis."""
+        return triple(a * b for a, b in zip(self.latent_cell, self.code_stride, strict=True))
+
+    @property
+    def subbands(self) -> int:
+        """Wavelet coefficients per cell of the wavelet grid."""
+        return math.prod(self.grid_stride)
+
+    @property
+    def grid_kernel(self) -> Shape3:
+        """Convolution kernel on the wavelet grid; 1 along an axis that the wavelet leaves alone."""
+        return triple(3 if level else 1 for level in self.levels)
+
+
+def config_for_voxels(voxel_size: tuple[float, float, float]) -> CodecConfig:
+    """Choose levels and strides so that latents span about the same length on each axis.
+
+    Parameters
+    ----------
+    voxel_size
+        Edge lengths of a voxel (z, y, x), in any one unit. An axis whose voxels are four times as
+        long gets two halvings less: 50 x 4.6 x 4.6 nm gives levels (0, 2, 2), strides (1, 2, 2).
+    """
+    finest = min(voxel_size)
+    halvings = [min(3, max(0, 3 - round(math.log2(size / finest)))) for size in voxel_size]
+    levels = triple(min(2, h) for h in halvings)
+    strides = triple(2 ** (h - level) for h, level in zip(halvings, levels, strict=True))
+    return CodecConfig(levels=levels, latent_stride=strides)
+
+
+def default_chunk(config: CodecConfig) -> Shape3:
+    """A chunk shape of about 2^18 voxels that follows the voxels' anisotropy."""
+    if config.stride[0] * 4 <= config.stride[1]:
+        return (16, 128, 128)
+    return (64, 64, 64)
+
+
+class TrainingConfig(Settings):
+    """How long and on what to train.
+
+    `teacher_steps` of stage 1 (rate-distortion) are followed by `student_steps` of stage 2
+    (distillation); each step sees `batch` chunks per worker.
+    """
+
+    teacher_steps: Annotated[int, Field(ge=0)] = 1200
+    student_steps: Annotated[int, Field(ge=1)] = 500
+    batch: Annotated[int, Field(ge=1, le=4096)] = 4
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-3
+    seed: Annotated[int, Field(ge=0)] = 0

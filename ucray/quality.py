@@ -1,0 +1,78 @@
+"""How far a decoded volume is from its source: squared error, PSNR, SSIM."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class ErrorSum:
+    """Squared and maximal error over a number of voxels; adds up over chunks and shards.
+
+    `squared` is in squared units of the voxel values, `maximum` in units of the voxel values.
+    """
+
+    voxels: int = 0
+    squared: float = 0.0
+    maximum: float = 0.0
+
+    @classmethod
+    def between(cls, original: npt.NDArray[np.generic], decoded: npt.NDArray[np.generic]) -> ErrorSum:
+        """Measure `decoded` against `original`, two arrays of one shape; not-a-number equals itself."""
+        difference = original.astype(np.float64) - decoded.astype(np.float64)
+        both_nan = np.isnan(original.astype(np.float64)) & np.isnan(decoded.astype(np.float64))
+        difference[both_nan | (original == decoded)] = 0.0
+        return cls(
+            voxels=int(difference.size),
+            squared=float(np.sum(difference * difference)),
+            maximum=float(np.max(np.abs(difference), initial=0.0)),
+        )
+
+    def __add__(self, other: ErrorSum) -> ErrorSum:
+        return ErrorSum(
+            self.voxels + other.voxels, self.squared + other.squared, max(self.maximum, other.maximum)
+        )
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error; zero where there are no voxels."""
+        return self.squared / self.voxels if self.voxels else 0.0
+
+    def psnr(self, data_range: float) -> float:
+        """Peak signal-to-noise ratio in dB at `data_range`; infinite where there is no error."""
+        return psnr_of(self.mse, data_range)
+
+
+def psnr_of(mse: float, data_range: float) -> float:
+    """PSNR in dB of a mean squared error at `data_range`; infinite for an error of zero."""
+    if mse <= 0.0:
+        return math.inf
+    return 10.0 * math.log10(data_range * data_range / mse)
+
+
+def ssim(original: npt.NDArray[np.generic], decoded: npt.NDArray[np.generic], data_range: float) -> float:
+    """Structural similarity (Wang et al. 2004), mean over the slices along z.
+
+    Parameters
+    ----------
+    original, decoded
+        Arrays (z, y, x) of one shape, at least 7 x 7 in (y, x).
+    data_range
+        Span of the voxel values that counts as the peak.
+    """
+    from skimage.metrics import structural_similarity
+
+    return float(
+        np.mean(
+            [
+                structural_similarity(
+                    first.astype(np.float32), second.astype(np.float32), data_range=data_range
+                )
+                for first, second in zip(original, decoded, strict=True)
+            ]
+        )
+    )

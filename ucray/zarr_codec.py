@@ -1,0 +1,138 @@
+"""The zarr v3 codec `ucray`: chunks of an archive, decoded by any zarr reader that has ucray.
+
+zarr finds the class by its entry point, so `zarr.open_group(archive)["0"][...]` is all a reader
+needs. The configuration in zarr.json holds the decoder's weights, or names shipped ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from zarr.abc.codec import ArrayBytesCodec
+from zarr.core.common import parse_named_configuration
+
+from ucray.codec.chunk import ChunkDecoder, ChunkEncoder, ChunkFormat
+from ucray.codec.weights import Weights
+from ucray.errors import ArchiveError, SettingsError, WeightsError
+from ucray.grid import triple
+
+if TYPE_CHECKING:
+    from zarr.core.array_spec import ArraySpec
+    from zarr.core.buffer import Buffer, NDBuffer
+
+NAME = "ucray"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class UcrayCodec(ArrayBytesCodec):
+    """Codes one chunk with a student that stands in the metadata.
+
+    Parameters
+    ----------
+    weights
+        Decoder weights; with the analysis network among them, arrays can be written too.
+    offset, scale
+        Normalisation of the volume; see `ChunkFormat`.
+    quality
+        Quality (0 to 255) at which chunks are written.
+    """
+
+    is_fixed_size = False
+
+    weights: Weights = field(repr=False)
+    offset: float
+    scale: float
+    quality: int
+    chunk: ChunkFormat | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Parse the configuration in zarr.json; raises ArchiveError or WeightsError."""
+        _, configuration = parse_named_configuration(data, NAME)
+        try:
+            version = configuration["version"]
+            offset, scale = float(configuration["offset"]), float(configuration["scale"])  # type: ignore[arg-type]
+            quality = int(configuration["quality"])  # type: ignore[call-overload]
+            encoded, digest = configuration["weights"]["safetensors"], configuration["weights"]["digest"]  # type: ignore[index, call-overload]
+        except (KeyError, TypeError, ValueError):
+            raise ArchiveError("the codec's configuration in zarr.json is incomplete") from None
+        if version != VERSION:
+            raise ArchiveError(f"the archive is of codec version {version}; this ucray reads version {VERSION}")
+        try:
+            weights = Weights.from_bytes(base64.b64decode(encoded, validate=True))  # type: ignore[arg-type]
+        except (binascii.Error, TypeError, ValueError):
+            raise WeightsError("the weights in zarr.json are damaged: not base64") from None
+        if weights.digest != digest:
+            raise WeightsError(f"the weights in zarr.json have digest {weights.digest}, not {digest}")
+        return cls(weights, offset, scale, quality)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration for zarr.json, with the decoder's weights inside."""
+        decoder = self.weights.decoder()
+        return {
+            "name": NAME,
+            "configuration": {
+                "version": VERSION,
+                "offset": self.offset,
+                "scale": self.scale,
+                "quality": self.quality,
+                "weights": {
+                    "digest": decoder.digest,
+                    "safetensors": base64.b64encode(decoder.to_bytes()).decode("ascii"),
+                },
+            },
+        }
+
+    def evolve_from_array_spec(self, array_spec: ArraySpec) -> Self:
+        """Bind the codec to an array's chunk shape, dtype and fill value."""
+        if len(array_spec.shape) != 3:
+            raise SettingsError(f"the codec ucray wants axes (z, y, x), not {len(array_spec.shape)} axes")
+        chunk = ChunkFormat(
+            shape=triple(iter(array_spec.shape)),
+            dtype=str(array_spec.dtype.to_native_dtype().name),
+            fill_value=float(array_spec.fill_value),
+            offset=self.offset,
+            scale=self.scale,
+        )
+        chunk.check_stride(self.weights.config.stride)
+        # Networks are built once per bound codec; binding to the same chunk again keeps them.
+        return self if chunk == self.chunk else replace(self, chunk=chunk)
+
+    @property
+    def bound(self) -> ChunkFormat:
+        """The chunk format of the array the codec is bound to."""
+        if self.chunk is None:
+            raise SettingsError("the codec ucray is not bound to an array yet")
+        return self.chunk
+
+    @cached_property
+    def decoder(self) -> ChunkDecoder:
+        """The decoder of the bound array."""
+        return ChunkDecoder(self.weights, self.bound)
+
+    @cached_property
+    def encoder(self) -> ChunkEncoder:
+        """The encoder of the bound array; raises WeightsError if the weights can only decode."""
+        return ChunkEncoder(self.weights, self.bound)
+
+    async def _decode_single(self, chunk_data: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
+        codec = self.evolve_from_array_spec(chunk_spec)
+        voxels = await asyncio.to_thread(codec.decoder.decode, chunk_data.to_bytes())
+        return chunk_spec.prototype.nd_buffer.from_numpy_array(np.asarray(voxels))
+
+    async def _encode_single(self, chunk_data: NDBuffer, chunk_spec: ArraySpec) -> Buffer | None:
+        codec = self.evolve_from_array_spec(chunk_spec)
+        voxels = np.asarray(chunk_data.as_numpy_array())
+        packed = await asyncio.to_thread(codec.encoder.encode, voxels, self.quality)
+        return chunk_spec.prototype.buffer.from_bytes(packed.data) if packed.data else None
+
+    def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
+        """Refused: the size of a coded chunk depends on its voxels."""
+        raise NotImplementedError("the size of a chunk coded by ucray depends on its voxels")
