@@ -1,0 +1,131 @@
+"""Builders of test data: smooth volumes, and tiny weights that make a working codec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import settings
+
+from ucray.codec.chunk import ChunkFormat
+from ucray.codec.network import Synthesis, start_linear
+from ucray.codec.weights import Weights
+from ucray.config import AnalysisConfig, CodecConfig, SynthesisConfig
+from ucray.grid import Shape3, triple
+from ucray.training.calibrate import freeze, to_weights
+from ucray.training.loss import Coder
+
+Voxels = npt.NDArray[np.generic]
+SmoothVolume = Callable[[Shape3, int], npt.NDArray[np.float32]]
+VoxelsOf = Callable[[ChunkFormat, Shape3, int], Voxels]
+
+# A deadline would measure the other processes of the machine, not the code.
+settings.register_profile("ucray", deadline=None, max_examples=50)
+settings.load_profile("ucray")
+
+NORMALISATIONS = {
+    "uint8": (128.0, 30.0),
+    "uint16": (30000.0, 5000.0),
+    "int16": (-100.0, 800.0),
+    "float32": (0.5, 0.1),
+}
+"""Offset and scale of the test volumes of each dtype."""
+
+TINY = CodecConfig(
+    latents=8,
+    code_width=4,
+    codes=16,
+    analysis=AnalysisConfig(grid_width=8, grid_blocks=1, latent_width=8, latent_blocks=1),
+    teacher=SynthesisConfig(latent_width=12, latent_blocks=1, grid_width=12, grid_blocks=1, inr_width=6),
+    student=SynthesisConfig(latent_width=8, latent_blocks=1, grid_width=8, grid_blocks=1, inr_width=4),
+)
+"""Isotropic: 16 x 16 x 16 voxels a code."""
+
+TINY_ANISOTROPIC = CodecConfig.model_validate(
+    TINY.model_dump() | {"levels": (0, 2, 2), "latent_stride": (1, 2, 2)}
+)
+"""For thick slices: 2 x 16 x 16 voxels a code."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Keep torch to one thread: these networks are too small to gain from more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smooth_volume() -> SmoothVolume:
+    """Random volumes (shape, seed) without sharp edges: float32, mean 0, standard deviation 1."""
+    return _smooth_volume
+
+
+@pytest.fixture(scope="session")
+def tiny_weights() -> Weights:
+    """Untrained weights of `TINY` whose every part does something; the same on every call."""
+    return _build_weights(TINY, seed=1)
+
+
+@pytest.fixture(scope="session")
+def anisotropic_weights() -> Weights:
+    """Like `tiny_weights`, for `TINY_ANISOTROPIC`."""
+    return _build_weights(TINY_ANISOTROPIC, seed=2)
+
+
+@pytest.fixture(scope="session")
+def chunk_format() -> Callable[[str], ChunkFormat]:
+    """Formats of 32 x 32 x 32 chunks by dtype, with 0 as the fill value."""
+
+    def build(dtype: str) -> ChunkFormat:
+        offset, scale = NORMALISATIONS[dtype]
+        return ChunkFormat((32, 32, 32), dtype, 0.0, offset, scale)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def voxels_of() -> VoxelsOf:
+    """Smooth voxels (format, shape, seed) in a chunk format's dtype, none of them its fill value."""
+
+    def build(chunk: ChunkFormat, shape: Shape3, seed: int) -> Voxels:
+        values = _smooth_volume(shape, seed) * chunk.scale + chunk.offset
+        if chunk.dtype != "float32":
+            limits = np.iinfo(chunk.dtype)
+            values = np.clip(np.rint(values), limits.min, limits.max)
+        voxels: Voxels = values.astype(chunk.dtype)
+        return np.where(voxels == chunk.fill_value, voxels + voxels.dtype.type(1), voxels)
+
+    return build
+
+
+def _smooth_volume(shape: Shape3, seed: int) -> npt.NDArray[np.float32]:
+    noise = np.random.default_rng(seed).standard_normal(shape)
+    frequencies = np.meshgrid(*(np.fft.fftfreq(n) for n in shape), indexing="ij")
+    smoothing = np.exp(-60.0 * sum(f * f for f in frequencies))
+    smooth = np.fft.ifftn(np.fft.fftn(noise) * smoothing).real + 0.02 * noise
+    smooth -= smooth.mean()
+    return (smooth / smooth.std()).astype(np.float32)
+
+
+def _build_weights(config: CodecConfig, seed: int) -> Weights:
+    chunk = triple(2 * n for n in config.stride)
+    tiles = torch.from_numpy(np.stack([_smooth_volume(chunk, seed + n) for n in range(6)])[:, None])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        coder = Coder(config)
+        teacher, student = Synthesis(config, config.teacher), Synthesis(config, config.student)
+        for synthesis in (teacher, student):
+            start_linear(coder.analysis, synthesis, tiles)
+            # Corrections start at zero; a test could not see whether they are computed at all.
+            for part in (synthesis.correct, synthesis.inr.value):
+                part.weight.normal_(std=0.05)
+        prior = coder.prior
+        prior.mean.normal_(std=0.05)
+        prior.log_scale.normal_(std=0.3)
+        prior.base.copy_(coder.analysis.latent_scale.log2())
+        coder(tiles, torch.full((len(tiles),), 128.0), generator)
+        freeze(coder)
+        return to_weights(config, coder, teacher, student, [tiles], {"seed": seed})

@@ -1,0 +1,217 @@
+"""The archive: a zarr v3 group (OME-Zarr 0.5) with one array, and what ucray must know of it.
+
+::
+
+    zarr.json                     group: OME-Zarr metadata; "ucray": settings and fingerprint
+    0/zarr.json                   array: sharding_indexed around the codec ucray, weights inside
+    0/c/Z/Y/X                     shards
+    ucray/statistics/Z.Y.X-CRC.json
+    ucray/weights.safetensors     full weights, if they were trained for this archive
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from pydantic import ValidationError
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from ucray.codec.chunk import ChunkFormat
+from ucray.codec.weights import Weights
+from ucray.config import Settings
+from ucray.errors import ArchiveError, DestinationError
+from ucray.grid import Box, Grid, Shape3
+from ucray.storage.objects import Objects, open_objects
+from ucray.storage.shard import (
+    ARRAY,
+    STATISTICS,
+    ShardStatistics,
+    present_shards,
+    shard_key,
+    statistics_key,
+)
+from ucray.storage.volume import Space
+from ucray.zarr_codec import UcrayCodec
+
+GROUP_KEY = "zarr.json"
+ARRAY_KEY = f"{ARRAY}/zarr.json"
+WEIGHTS_KEY = "ucray/weights.safetensors"
+
+
+class ArchiveSettings(Settings):
+    """What an archive records of itself in the group's attributes, under "ucray"."""
+
+    version: int = 1
+    fingerprint: str
+    source: str
+    source_array: str
+    region: str
+    shape: Shape3
+    dtype: str
+    fill_value: float | str
+    chunk: Shape3
+    shard: Shape3
+    ratio: float
+    quality: int
+    offset: float
+    scale: float
+    data_range: float
+    weights_digest: str
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.shape, self.chunk, self.shard)
+
+    @property
+    def chunk_format(self) -> ChunkFormat:
+        return ChunkFormat(self.chunk, self.dtype, float(self.fill_value), self.offset, self.scale)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of the voxels before compression."""
+        return Box((0, 0, 0), self.shape).voxels * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive that exists."""
+
+    objects: Objects
+    settings: ArchiveSettings
+
+    @cached_property
+    def codec(self) -> UcrayCodec:
+        """The codec in the array's metadata, with the decoder's weights; raises ArchiveError."""
+        data = self.objects.get(ARRAY_KEY)
+        if data is None:
+            raise ArchiveError(f"{self.objects.url} holds no array {ARRAY}: its writing did not start")
+        try:
+            sharding = json.loads(data)["codecs"][0]["configuration"]
+            return UcrayCodec.from_dict(sharding["codecs"][0])
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise ArchiveError(f"the metadata of {self.objects.url}/{ARRAY} are damaged") from None
+
+    def sizes(self) -> dict[str, int]:
+        """Every object of the archive with its size."""
+        return self.objects.sizes("")
+
+    def present(self) -> set[Shape3]:
+        """Indices of the shards that exist, from one listing."""
+        return present_shards(self.objects.sizes(f"{ARRAY}/c"), self.settings.grid)
+
+    def shard(self, index: Shape3) -> bytes:
+        """A shard's object; raises ArchiveError if it is missing."""
+        data = self.objects.get(shard_key(index))
+        if data is None:
+            raise ArchiveError(f"shard {index} of {self.objects.url} is missing")
+        return data
+
+    def statistics(self, index: Shape3, crc32c: int) -> ShardStatistics:
+        """Statistics of a shard with that checksum; raises ArchiveError if they are missing."""
+        key = statistics_key(index, crc32c)
+        data = self.objects.get(key)
+        if data is None:
+            raise ArchiveError(f"the statistics of shard {index} are missing ({key})")
+        return ShardStatistics.from_json(data)
+
+
+def open_archive(url: str, endpoint_url: str | None = None) -> Archive:
+    """Open an archive; raises ArchiveError if there is none."""
+    archive = find_archive(open_objects(url, endpoint_url))
+    if archive is None:
+        raise ArchiveError(f"{url} holds no ucray archive, or does not exist")
+    return archive
+
+
+def find_archive(objects: Objects) -> Archive | None:
+    """The archive among `objects`; None where there is no zarr metadata at all.
+
+    Raises
+    ------
+    DestinationError
+        If a zarr group stands there that is no archive of ucray.
+    """
+    data = objects.get(GROUP_KEY)
+    if data is None:
+        return None
+    try:
+        attributes = json.loads(data)["attributes"]["ucray"]
+        return Archive(objects, ArchiveSettings.model_validate(attributes))
+    except (ValueError, KeyError, TypeError, ValidationError):
+        raise DestinationError(f"{objects.url} holds zarr data that are no ucray archive") from None
+
+
+def create_archive(
+    objects: Objects, settings: ArchiveSettings, weights: Weights, space: Space, name: str
+) -> Archive:
+    """Write the metadata of a new archive, or open one of the same fingerprint that exists.
+
+    The group's metadata come first: they alone say whose archive it is. A second driver, or a run
+    after one that died in between, finds them and completes the rest.
+    """
+    group = {"zarr_format": 3, "node_type": "group"}
+    attributes = space.to_ome(name) | {"ucray": settings.model_dump(mode="json")}
+    objects.put_new(GROUP_KEY, _json(group | {"attributes": attributes}))
+    archive = find_archive(objects)
+    if archive is None:
+        raise ArchiveError(f"{objects.url} does not give back what was written to it")
+    check_same(archive, settings.fingerprint)
+    stored = archive.settings
+    codec = UcrayCodec(weights, stored.offset, stored.scale, stored.quality)
+    objects.put_new(ARRAY_KEY, array_metadata(stored, codec))
+    return archive
+
+
+def check_same(archive: Archive, fingerprint: str) -> None:
+    """Refuse an archive that was made from another source or with other settings."""
+    stored = archive.settings
+    if stored.fingerprint != fingerprint:
+        raise DestinationError(
+            f"{archive.objects.url} holds an archive of {stored.source} with other settings "
+            f"(ratio {stored.ratio:g}, chunk {stored.chunk}, shard {stored.shard}, region {stored.region}, "
+            f"weights {stored.weights_digest[:12]}); give another destination or the same settings"
+        )
+
+
+def array_metadata(settings: ArchiveSettings, codec: UcrayCodec) -> bytes:
+    """zarr.json of the archive's array, as zarr itself writes it."""
+    store = MemoryStore()
+    zarr.create_array(
+        store,
+        name=ARRAY,
+        shape=settings.shape,
+        dtype=settings.dtype,
+        chunks=settings.chunk,
+        shards=settings.shard,
+        serializer=codec,
+        compressors=None,
+        filters=None,
+        fill_value=_fill(settings),
+        dimension_names=("z", "y", "x"),
+    )
+    data = asyncio.run(store.get(ARRAY_KEY, default_buffer_prototype()))
+    assert data is not None
+    return _json(json.loads(data.to_bytes()))
+
+
+def stray_objects(sizes: Iterable[str], settings: ArchiveSettings) -> list[str]:
+    """Keys that belong to no part of the archive."""
+    known = {GROUP_KEY, ARRAY_KEY, WEIGHTS_KEY} | {shard_key(i) for i in settings.grid.shard_indices()}
+    return sorted(key for key in sizes if key not in known and not key.startswith(STATISTICS))
+
+
+def _fill(settings: ArchiveSettings) -> Any:
+    value = float(settings.fill_value)
+    return value if np.issubdtype(np.dtype(settings.dtype), np.floating) else int(value)
+
+
+def _json(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode()

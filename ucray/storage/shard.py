@@ -1,0 +1,177 @@
+"""One shard: its bytes in zarr's sharding_indexed layout, its statistics, and its commit.
+
+A shard is one object with one writer. Its statistics are written first and named after the
+checksum of the shard they describe, so a shard that exists has its statistics, also where two
+machines coded it with different bytes and only one of them won.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import google_crc32c
+import numpy as np
+
+from ucray.codec.chunk import Packed
+from ucray.errors import ArchiveError
+from ucray.grid import Grid, Shape3
+from ucray.quality import ErrorSum
+from ucray.storage.objects import Objects
+
+ARRAY = "0"
+STATISTICS = "ucray/statistics/"
+ABSENT = np.uint64(2**64 - 1)
+"""Offset and length of a chunk that a shard does not hold: nothing but fill."""
+
+
+@dataclass(frozen=True)
+class ChunkFigures:
+    """Figures of one chunk of a shard: bytes, kind's name, error against the source."""
+
+    slot: int
+    bytes: int
+    kind: str
+    voxels: int
+    mse: float
+    max_error: float
+
+
+@dataclass(frozen=True)
+class ShardStatistics:
+    """What is known of a shard since it was encoded.
+
+    `bytes_in` are the source's voxels inside the volume, `bytes_out` the whole object.
+    """
+
+    index: Shape3
+    bytes_in: int
+    bytes_out: int
+    crc32c: int
+    chunks: tuple[ChunkFigures, ...]
+
+    @property
+    def error(self) -> ErrorSum:
+        """Error over the whole shard, the exact chunks of nothing but fill included."""
+        total = ErrorSum()
+        for chunk in self.chunks:
+            total += ErrorSum(chunk.voxels, chunk.mse * chunk.voxels, chunk.max_error)
+        return total
+
+    def to_json(self) -> bytes:
+        """Canonical JSON, one list per figure to stay small; the same figures, the same bytes."""
+        columns = {
+            name: [asdict(chunk)[name] for chunk in self.chunks] for name in ChunkFigures.__annotations__
+        }
+        document = asdict(self) | {"chunks": columns}
+        return json.dumps(document, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> ShardStatistics:
+        """Parse `to_json`; raises ArchiveError if it is something else."""
+        try:
+            document = json.loads(data)
+            columns = document["chunks"]
+            rows = zip(*(columns[name] for name in ChunkFigures.__annotations__), strict=True)
+            z, y, x = document["index"]
+            return cls(
+                index=(int(z), int(y), int(x)),
+                bytes_in=int(document["bytes_in"]),
+                bytes_out=int(document["bytes_out"]),
+                crc32c=int(document["crc32c"]),
+                chunks=tuple(ChunkFigures(*row) for row in rows),
+            )
+        except (ValueError, KeyError, TypeError):
+            raise ArchiveError("statistics of a shard do not parse") from None
+
+
+def shard_key(index: Shape3) -> str:
+    """Key of a shard's object in the archive."""
+    return "/".join([ARRAY, "c", *map(str, index)])
+
+
+def statistics_key(index: Shape3, crc32c: int) -> str:
+    """Key of the statistics of a shard whose object has that checksum."""
+    return f"{STATISTICS}{'.'.join(map(str, index))}-{crc32c:08x}.json"
+
+
+def assemble(
+    grid: Grid, index: Shape3, itemsize: int, chunks: Sequence[Packed]
+) -> tuple[bytes, ShardStatistics]:
+    """Lay the coded chunks of a shard out as one object: payloads, then the index, then CRC-32C.
+
+    `chunks` stand in the order of `grid.chunk_boxes(index)`. The layout is that of zarr v3's
+    sharding_indexed codec with the index at the end, little-endian uint64, checked by crc32c.
+    """
+    slots = int(np.prod(grid.chunks_per_shard))
+    table = np.full((slots, 2), ABSENT, dtype="<u8")
+    payload = bytearray()
+    figures = []
+    for (slot, _, box), chunk in zip(grid.chunk_boxes(index), chunks, strict=True):
+        if chunk.data:
+            table[slot] = len(payload), len(chunk.data)
+            payload += chunk.data
+        kind = chunk.kind.name.lower() if chunk.data else "empty"
+        mse, largest = float(f"{chunk.error.mse:.6g}"), float(f"{chunk.error.maximum:.6g}")
+        figures.append(ChunkFigures(slot, len(chunk.data), kind, box.voxels, mse, largest))
+    footer = table.tobytes()
+    data = bytes(payload) + footer + google_crc32c.value(footer).to_bytes(4, "little")
+    statistics = ShardStatistics(
+        index=index,
+        bytes_in=grid.shard_box(index).voxels * itemsize,
+        bytes_out=len(data),
+        crc32c=google_crc32c.value(data),
+        chunks=tuple(figures),
+    )
+    return data, statistics
+
+
+def split(data: bytes, grid: Grid) -> dict[int, bytes]:
+    """The coded chunks of a shard's object by slot; chunks of nothing but fill are left out.
+
+    Raises
+    ------
+    ArchiveError
+        If the index is cut, fails its checksum, or points outside the object.
+    """
+    slots = int(np.prod(grid.chunks_per_shard))
+    end = len(data) - 4
+    start = end - slots * 16
+    if start < 0:
+        raise ArchiveError(f"a shard of {len(data)} bytes is cut: its index alone takes {slots * 16 + 4}")
+    footer = data[start:end]
+    if google_crc32c.value(footer).to_bytes(4, "little") != data[end:]:
+        raise ArchiveError("a shard whose index does not match its checksum")
+    table = np.frombuffer(footer, dtype="<u8").reshape(slots, 2)
+    chunks = {}
+    for slot, (offset, length) in enumerate(table.tolist()):
+        if offset == ABSENT and length == ABSENT:
+            continue
+        if offset + length > start:
+            raise ArchiveError(f"a shard whose index points past its end in slot {slot}")
+        chunks[slot] = data[offset : offset + length]
+    return chunks
+
+
+def commit(objects: Objects, grid: Grid, data: bytes, statistics: ShardStatistics) -> bool:
+    """Write statistics, then the shard, each unless it exists; False if another writer was first.
+
+    Raises
+    ------
+    ArchiveError
+        If the shard that stands there is damaged.
+    """
+    objects.put_new(statistics_key(statistics.index, statistics.crc32c), statistics.to_json())
+    key = shard_key(statistics.index)
+    if objects.put_new(key, data):
+        return True
+    stored = objects.get(key)
+    if stored is not None and stored != data:
+        split(stored, grid)
+    return False
+
+
+def present_shards(sizes: Mapping[str, int], grid: Grid) -> set[Shape3]:
+    """Which shards of the grid exist, from one listing of the archive's array."""
+    return {index for index in grid.shard_indices() if shard_key(index) in sizes}

@@ -1,0 +1,213 @@
+"""The two stages of training as one resumable run: rate-distortion, then distillation.
+
+::
+
+    Trainer --step--> stage 1: coder + teacher     --freeze--> stage 2: student     --> Weights
+                      AdamW, warm-up and cosine                 AdamW, cosine
+
+A Trainer knows nothing of Ray: `wrap` lets a distributed run put its own wrapper around the module
+of each stage.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from ucray.codec.network import Synthesis, start_linear
+from ucray.codec.weights import Weights
+from ucray.config import CodecConfig, TrainingConfig
+from ucray.errors import SettingsError, WeightsError
+from ucray.training.calibrate import freeze, load_weights, to_weights
+from ucray.training.loss import Coder, Distillation, RateDistortion, draw_quality
+
+WARM_UP = 40
+"""Steps over which the learning rate grows at the start of a stage."""
+
+TABLE_SPEED = 10.0
+"""Learning rate of the prior's tables against the networks': each entry meets few of the blocks."""
+
+START_TILES = 32
+"""Chunks from which the linear parts are started."""
+
+Figures = dict[str, float]
+
+
+class Trainer:
+    """Trains a coder, a teacher and a student, step by step.
+
+    Parameters
+    ----------
+    config, settings
+        Shapes of the networks; steps, batch, learning rate, seed.
+    start
+        Weights of another domain to start from; their configuration must be the same.
+    device
+        Where the networks live.
+    wrap
+        Applied to the module of a stage before its first step (distributed data parallel).
+    rank
+        Worker number, so that workers draw different noise.
+    """
+
+    def __init__(
+        self,
+        config: CodecConfig,
+        settings: TrainingConfig,
+        *,
+        start: Weights | None = None,
+        device: str = "cpu",
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+        rank: int = 0,
+    ) -> None:
+        if start is not None and start.config != config:
+            raise SettingsError(
+                "the weights to start from are of another configuration (anisotropy of the voxels, widths); "
+                "train from nothing, or choose weights of a like volume"
+            )
+        torch.manual_seed(settings.seed)
+        self.config = config
+        self.settings = settings
+        self.step_number = 0
+        self.device = torch.device(device)
+        self.coder = Coder(config)
+        self.teacher = Synthesis(config, config.teacher)
+        self.student = Synthesis(config, config.student)
+        self._distillation = Distillation(config, self.coder, self.teacher, self.student)
+        self._started = start is not None
+        if start is not None:
+            load_weights(start, self.coder, self.teacher, self.student)
+        for module in (self.coder, self.teacher, self._distillation):
+            module.to(self.device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self._generator = torch.Generator().manual_seed(settings.seed * 4096 + rank)
+        self._wrap = wrap
+        self._stage = 0
+        self._module: nn.Module = nn.Identity()
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of both stages."""
+        return self.settings.teacher_steps + self.settings.student_steps
+
+    @property
+    def stage(self) -> int:
+        """1 while the teacher learns, 2 while the student does."""
+        return 1 if self.step_number < self.settings.teacher_steps else 2
+
+    def step(self, batch: Tensor) -> Figures:
+        """One step on normalised chunks (batch, 1, z, y, x); figures to log, as plain floats."""
+        if not self._started:
+            raise SettingsError("call start() with tiles, or give weights to start from, before the first step")
+        if self._stage != self.stage:
+            self._enter(self.stage)
+        assert self._optimizer is not None
+        rate = self.settings.learning_rate * self._schedule()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["speed"]
+        x = batch.to(self.device).contiguous(memory_format=torch.channels_last_3d)
+        loss, figures = self._module(x, draw_quality(len(x), self._generator), self._generator)
+        self._optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._module.parameters(), 1.0)
+        self._optimizer.step()
+        self.step_number += 1
+        return {"loss": float(loss.detach())} | {name: float(value) for name, value in figures.items()}
+
+    def start(self, tiles: Tensor) -> None:
+        """Start the linear parts from tiles (batch, 1, z, y, x); does nothing after weights were loaded."""
+        if self._started:
+            return
+        start_linear(self.coder.analysis, self.teacher, tiles.to(self.device))
+        self.coder.prior.start(self.coder.analysis.latent_scale)
+        self._start_student()
+        self._started = True
+
+    def finish(self, batches: Sequence[Tensor], training: Mapping[str, Any]) -> Weights:
+        """Weights after the last step; symbol frequencies are counted on `batches`."""
+        freeze(self.coder)
+        moved = [batch.to(self.device) for batch in batches]
+        return to_weights(self.config, self.coder, self.teacher, self.student, moved, training)
+
+    def to_bytes(self) -> bytes:
+        """State of the run as a safetensors file, for a checkpoint."""
+        tensors = {f"module.{name}": value for name, value in self._modules().state_dict().items()}
+        tensors["generator"] = self._generator.get_state()
+        if self._optimizer is not None:
+            for index, entry in self._optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
+        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+        header = json.dumps({"step": self.step_number, "stage": self._stage})
+        return bytes(save(tensors, metadata={"trainer": header}))
+
+    def from_bytes(self, data: bytes) -> None:
+        """Go on from `to_bytes` of a run with the same settings; raises WeightsError if it is no such state."""
+        try:
+            tensors = load(data)
+            length = int.from_bytes(data[:8], "little")
+            header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["trainer"])
+            prefix = "module."
+            self._modules().load_state_dict(
+                {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+            )
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise WeightsError(f"the checkpoint does not fit this run: {' '.join(str(error).split())}") from None
+        self._started = True
+        self.step_number = int(header["step"])
+        if header["stage"]:
+            self._enter(int(header["stage"]), resumed=True)
+            assert self._optimizer is not None
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith("optimizer."):
+                    _, index, key = name.split(".")
+                    state.setdefault(int(index), {})[key] = value
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._generator.set_state(tensors["generator"])
+
+    def _enter(self, stage: int, *, resumed: bool = False) -> None:
+        self._stage = stage
+        module: nn.Module
+        if stage == 1:
+            module = RateDistortion(self.coder, self.teacher)
+        else:
+            if not resumed:
+                freeze(self.coder)
+                if self.settings.teacher_steps:
+                    self._start_student()
+            self.coder.requires_grad_(False)
+            self.teacher.requires_grad_(False)
+            module = self._distillation
+        prior = self.coder.prior
+        tables = [] if stage == 2 else [prior.mean, prior.log_scale, prior.base, prior.log_gain]
+        quick = {id(parameter) for parameter in tables}
+        others = [p for p in module.parameters() if p.requires_grad and id(p) not in quick]
+        groups: list[dict[str, Any]] = [{"params": others, "speed": 1.0}]
+        if tables:
+            groups.append({"params": tables, "speed": TABLE_SPEED, "weight_decay": 0.0})
+        self._optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.98))
+        self._module = self._wrap(module)
+
+    def _start_student(self) -> None:
+        """Give the student the teacher's linear part and scales: what is linear needs no teaching."""
+        with torch.no_grad():
+            for name in ("latent_scale", "subband_scale"):
+                getattr(self.student, name).copy_(getattr(self.teacher, name))
+            self.student.linear.weight.copy_(self.teacher.linear.weight)
+
+    def _schedule(self) -> float:
+        """Warm-up and half a cosine over the current stage, in (0, 1]."""
+        first = 0 if self.stage == 1 else self.settings.teacher_steps
+        steps = self.settings.teacher_steps if self.stage == 1 else self.settings.student_steps
+        place = self.step_number - first
+        return min(1.0, (place + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * place / steps))
+
+    def _modules(self) -> nn.ModuleList:
+        return nn.ModuleList([self.coder, self.teacher, self._distillation])
