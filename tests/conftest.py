@@ -103,8 +103,8 @@ def voxels_of() -> VoxelsOf:
 def _smooth_volume(shape: Shape3, seed: int) -> npt.NDArray[np.float32]:
     noise = np.random.default_rng(seed).standard_normal(shape)
     frequencies = np.meshgrid(*(np.fft.fftfreq(n) for n in shape), indexing="ij")
-    smoothing = np.exp(-60.0 * sum(f * f for f in frequencies))
-    smooth = np.fft.ifftn(np.fft.fftn(noise) * smoothing).real + 0.02 * noise
+    smoothing = np.exp(-200.0 * sum(f * f for f in frequencies))
+    smooth = np.fft.ifftn(np.fft.fftn(noise) * smoothing).real + 0.004 * noise
     smooth -= smooth.mean()
     return (smooth / smooth.std()).astype(np.float32)
 

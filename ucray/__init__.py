@@ -1,1 +1,86 @@
-"""ucray."""
+"""ucray compresses electron-microscopy volumes on a Ray cluster into archives any zarr reader opens.
+
+The functions below are the command line's jobs. They are imported when first used: reading an
+archive with zarr needs neither Ray nor anything else of a job.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ucray.cluster.compress import JobReport, RunOptions
+    from ucray.cluster.jobs import (
+        Connection,
+        compress,
+        decompress,
+        info,
+        load_weights,
+        plan,
+        synth,
+        train,
+        verify,
+    )
+    from ucray.cluster.plan import CompressOptions, CompressPlan
+    from ucray.cluster.telemetry import Event
+    from ucray.cluster.verify import Verification
+    from ucray.codec.weights import Weights
+    from ucray.config import CodecConfig, TrainingConfig
+    from ucray.errors import UcrayError
+    from ucray.zarr_codec import UcrayCodec
+
+_PLACES = {
+    "CodecConfig": "ucray.config",
+    "CompressOptions": "ucray.cluster.plan",
+    "CompressPlan": "ucray.cluster.plan",
+    "Connection": "ucray.cluster.jobs",
+    "Event": "ucray.cluster.telemetry",
+    "JobReport": "ucray.cluster.compress",
+    "RunOptions": "ucray.cluster.compress",
+    "TrainingConfig": "ucray.config",
+    "UcrayCodec": "ucray.zarr_codec",
+    "UcrayError": "ucray.errors",
+    "Verification": "ucray.cluster.verify",
+    "Weights": "ucray.codec.weights",
+    "compress": "ucray.cluster.jobs",
+    "decompress": "ucray.cluster.jobs",
+    "info": "ucray.cluster.jobs",
+    "load_weights": "ucray.cluster.jobs",
+    "plan": "ucray.cluster.jobs",
+    "synth": "ucray.cluster.jobs",
+    "train": "ucray.cluster.jobs",
+    "verify": "ucray.cluster.jobs",
+}
+
+__version__ = version("ucray")
+
+__all__ = [
+    "CodecConfig",
+    "CompressOptions",
+    "CompressPlan",
+    "Connection",
+    "Event",
+    "JobReport",
+    "RunOptions",
+    "TrainingConfig",
+    "UcrayCodec",
+    "UcrayError",
+    "Verification",
+    "Weights",
+    "compress",
+    "decompress",
+    "info",
+    "load_weights",
+    "plan",
+    "synth",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'ucray' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

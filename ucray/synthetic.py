@@ -15,6 +15,7 @@ from ucray.errors import SettingsError
 from ucray.grid import Shape3, format_shape, triple
 
 FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
 
 CELL_GREYS = (163, 192, 184, 153, 194, 179, 142, 188, 173, 182, 157, 192)
 """Mean grey of the cytoplasm of each family of cells; one random field draws one family."""
@@ -26,13 +27,12 @@ VESICLE_PITCH = 11
 VESICLE_RADIUS = (2.8, 4.4)
 VESICLE_RIM = 1.4
 NOISE = 9.0
-SLAB_VOXELS = 1 << 21
+"""Standard deviation of the detector's noise, in greys."""
+SLAB_VOXELS = 1 << 22
 
 
-def synthetic_volume(
-    shape: Shape3, seed: int = 0, *, padding: int | None = None
-) -> npt.NDArray[np.uint8]:
-    """Draw a volume that looks and compresses like FIB-SEM of nerve tissue in an aligned stack.
+def synthetic_volume(shape: Shape3, seed: int = 0, *, padding: int | None = None) -> npt.NDArray[np.uint8]:
+    """Draw a volume that looks like FIB-SEM of nerve tissue in an aligned stack.
 
     Tissue lies in a border of zeros, as aligned stacks do: one face is tilted (low x, along y) and
     one is stepped (high y, along z), so the border is thicker there, at most twice.
@@ -52,8 +52,8 @@ def synthetic_volume(
     -------
     numpy.ndarray
         uint8 of `shape`, axes (z, y, x). Border voxels are exactly 0, tissue voxels 1 to 255. From
-        96 voxels an axis on, the tissue has a mean of 125 to 155 and a standard deviation of 30 to
-        40, of which detector noise, white and Gaussian, makes 9.
+        128 voxels an axis on, the tissue's mean is 125 to 150 and its standard deviation 30 to 42,
+        white Gaussian noise of standard deviation 9 included.
 
     Raises
     ------
@@ -63,16 +63,15 @@ def synthetic_volume(
     Notes
     -----
     Besides the result and a field of float32 at a third of its resolution, memory holds about a
-    dozen float32 arrays of one slab, 2 Mi voxels or one slice, whichever is more.
+    dozen float32 arrays of one slab, 4 Mi voxels or one slice, whichever is more.
     """
     if min(shape) < 1:
         raise SettingsError(f"a volume of shape {format_shape(shape)} holds no voxels")
     if seed < 0:
         raise SettingsError(f"seed {seed} must not be negative")
-    margins = _margins(shape, padding)
-    rng = np.random.default_rng(seed)
+    margins, rng = _margins(shape, padding), np.random.default_rng(seed)
     tissue = _Tissue.random(rng, shape)
-    outline = _Outline.random(rng, shape, margins)
+    rows, columns = _outline(rng, shape, margins)
     volume = np.zeros(shape, np.uint8)
     depth = max(1, SLAB_VOXELS // (shape[1] * shape[2]))
     for first in range(margins[0], shape[0] - margins[0], depth):
@@ -80,7 +79,7 @@ def synthetic_volume(
         grey = tissue.draw(first, last)
         grey += NOISE * rng.standard_normal(grey.shape, dtype=np.float32)
         # 0 means "no tissue" to everything downstream, so the darkest tissue is 1.
-        volume[first:last] = np.clip(np.rint(grey), 1, 255) * outline.inside(first, last)
+        volume[first:last] = np.clip(np.rint(grey), 1, 255) * (rows[first:last] & columns)
     return volume
 
 
@@ -93,32 +92,16 @@ def _margins(shape: Shape3, padding: int | None) -> Shape3:
     return padding, padding, padding
 
 
-@dataclass(frozen=True)
-class _Outline:
-    """Where tissue is in each slice: `lows` (y,) is the first x, `highs` (z,) the end in y."""
-
-    shape: Shape3
-    margins: Shape3
-    lows: npt.NDArray[np.int64]
-    highs: npt.NDArray[np.int64]
-
-    @classmethod
-    def random(cls, rng: np.random.Generator, shape: Shape3, margins: Shape3) -> _Outline:
-        # Never more than is left, so that even the narrowest row keeps a voxel of tissue.
-        _, room_y, room_x = (min(m, n - 2 * m - 1) for m, n in zip(margins, shape, strict=True))
-        tilt = np.linspace(0.0, 1.0, shape[1]) * room_x
-        # One alignment step every dozen slices.
-        steps = rng.integers(0, room_y + 1, shape[0] // 12 + 1).repeat(12)[: shape[0]]
-        lows = margins[2] + np.rint(tilt).astype(np.int64)
-        return cls(shape, margins, lows, shape[1] - margins[1] - steps)
-
-    def inside(self, first: int, last: int) -> npt.NDArray[np.bool_]:
-        """True in tissue, for the slices `first` to `last`."""
-        _, y, x = np.ogrid[: last - first, : self.shape[1], : self.shape[2]]
-        rows = (y >= self.margins[1]) & (y < self.highs[first:last, None, None])
-        columns = (x >= self.lows[:, None]) & (x < self.shape[2] - self.margins[2])
-        inside: npt.NDArray[np.bool_] = rows & columns
-        return inside
+def _outline(rng: np.random.Generator, shape: Shape3, margins: Shape3) -> tuple[BoolArray, BoolArray]:
+    """Where tissue is but for the margins in z: in both masks, one (z, y, 1), one (y, x)."""
+    z, y, x = (np.arange(n) for n in shape)
+    # Never more than is left, so that even the narrowest row keeps a voxel of tissue.
+    _, room_y, room_x = (min(m, n - 2 * m - 1) for m, n in zip(margins, shape, strict=True))
+    tilt = np.rint(np.linspace(0, room_x, shape[1]))[:, None]
+    # One alignment step every dozen slices.
+    steps = rng.integers(0, room_y + 1, len(z) // 12 + 1)[z // 12, None]
+    rows = (y >= margins[1]) & (y < shape[1] - margins[1] - steps)
+    return rows[:, :, None], (x >= margins[2] + tilt) & (x < shape[2] - margins[2])
 
 
 @dataclass(frozen=True)
@@ -133,9 +116,7 @@ class _Field:
     spacing: tuple[float, float, float]
 
     @classmethod
-    def random(
-        cls, rng: np.random.Generator, shape: Shape3, spacing: tuple[float, float, float]
-    ) -> _Field:
+    def random(cls, rng: np.random.Generator, shape: Shape3, spacing: tuple[float, float, float]) -> _Field:
         knots = triple(int((n + 1) / s) + 5 for n, s in zip(shape, spacing, strict=True))
         # A cubic B-spline over white noise of variance 1 has variance 0.479 on each axis.
         return cls(rng.standard_normal(knots, dtype=np.float32) * np.float32(0.479**-1.5), spacing)
@@ -147,13 +128,12 @@ class _Field:
             for a, b, s, n in zip(start, stop, self.spacing, self.knots.shape, strict=True)
         )
         planes = np.tensordot(along_z, self.knots, axes=1)
-        sampled: FloatArray = (along_y @ planes) @ along_x.T
+        sampled: FloatArray = np.matmul(np.matmul(along_y, planes), along_x.T)
         return sampled
 
 
 def _spline_weights(first: int, last: int, spacing: float, knots: int) -> FloatArray:
-    """Cubic B-spline weights (voxel, knot) of the voxels `first` to `last` on one axis."""
-    # Knot 2 stands at voxel 0: one knot for the spline's support and one for voxel -1.
+    """Cubic B-spline weights (voxel, knot) of the voxels `first` to `last`; knot 2 is at voxel 0."""
     position = np.arange(first, last)[:, None] / spacing + 2.0
     distance = np.abs(position - np.arange(knots))
     near = 2.0 / 3.0 - distance**2 * (1.0 - distance / 2.0)
@@ -221,8 +201,8 @@ class _Tissue:
     def _cells(self, first: int, last: int) -> tuple[npt.NDArray[np.uint8], FloatArray]:
         """The family of the cell that each voxel lies in, and its distance to the membrane in voxels.
 
-        A voxel belongs to the largest field. The gap to the second largest, over the slope of that
-        gap, is the distance to where the two are equal, to first order.
+        A voxel belongs to the largest field. The gap to the second largest, over that gap's slope,
+        is the distance to where the two are equal, to first order.
         """
         start, stop = (first - 1, -1, -1), (last + 1, self.shape[1] + 1, self.shape[2] + 1)
         largest = self.cells[0].sample(start, stop)
@@ -237,11 +217,10 @@ class _Tissue:
         inner = (slice(1, -1),) * 3
         slope = np.full_like(gap[inner], 1e-6)
         for axis in range(3):
-            # The gap is V-shaped across a membrane: a central difference would vanish there, the
-            # larger of the two one-sided ones does not.
+            # The gap is V-shaped across a membrane, where a central difference would vanish.
             step = np.abs(np.diff(np.moveaxis(gap, axis, 0), axis=0))[:, 1:-1, 1:-1]
             slope += np.moveaxis(np.maximum(step[1:], step[:-1]), 0, axis) ** 2
-        return family[inner], gap[inner] / np.sqrt(slope)
+        return family[inner], np.divide(gap[inner], np.sqrt(slope))
 
 
 def _vesicles(rng: np.random.Generator, shape: Shape3) -> FloatArray:
@@ -259,13 +238,12 @@ def _vesicle_shells(vesicles: FloatArray, first: int, shape: Shape3) -> FloatArr
     reach = int(VESICLE_RADIUS[1] + VESICLE_RIM) + 1
     height = vesicles[:, 0] - first
     vesicles = vesicles[(height > -reach) & (height < shape[0] + reach)]
-    stamp = np.moveaxis(np.indices((2 * reach + 1,) * 3), 0, -1).reshape(1, -1, 3) - reach
-    voxels = np.rint(vesicles[:, None, :3]).astype(np.int64) + stamp
+    stamp = np.indices((2 * reach + 1,) * 3, np.int32).reshape(3, -1).T - reach
+    voxels = np.rint(vesicles[:, None, :3]).astype(np.int32) + stamp
     distance = np.linalg.norm(voxels - vesicles[:, None, :3], axis=-1) - vesicles[:, 3:]
-    voxels -= (first, 0, 0)
+    voxels[..., 0] -= first
     drawn = ((voxels >= 0) & (voxels < shape)).all(axis=-1)
-    z, y, x = voxels[drawn].T
     nearest = np.full(shape, VESICLE_RIM, np.float32)
     # Vesicles that touch merge into one, whatever the order they come in.
-    np.minimum.at(nearest, (z, y, x), distance[drawn].astype(np.float32))
-    return np.clip(1.0 - np.abs(nearest) / VESICLE_RIM, np.where(nearest < 0.0, -1.0, 0.0), 1.0)
+    np.minimum.at(nearest, tuple(voxels[drawn].T), distance[drawn].astype(np.float32))
+    return np.clip(1.0 - np.abs(nearest) / VESICLE_RIM, -(nearest < 0.0).astype(np.float32), 1.0)

@@ -55,18 +55,21 @@ class UcrayCodec(ArrayBytesCodec):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Parse the configuration in zarr.json; raises ArchiveError or WeightsError."""
-        _, configuration = parse_named_configuration(data, NAME)
+        _, parsed = parse_named_configuration(data, NAME)
+        configuration: dict[str, Any] = dict(parsed)
         try:
             version = configuration["version"]
-            offset, scale = float(configuration["offset"]), float(configuration["scale"])  # type: ignore[arg-type]
-            quality = int(configuration["quality"])  # type: ignore[call-overload]
-            encoded, digest = configuration["weights"]["safetensors"], configuration["weights"]["digest"]  # type: ignore[index, call-overload]
+            offset, scale = float(configuration["offset"]), float(configuration["scale"])
+            quality = int(configuration["quality"])
+            encoded, digest = configuration["weights"]["safetensors"], configuration["weights"]["digest"]
         except (KeyError, TypeError, ValueError):
             raise ArchiveError("the codec's configuration in zarr.json is incomplete") from None
         if version != VERSION:
-            raise ArchiveError(f"the archive is of codec version {version}; this ucray reads version {VERSION}")
+            raise ArchiveError(
+                f"the archive is of codec version {version}; this ucray reads version {VERSION}"
+            )
         try:
-            weights = Weights.from_bytes(base64.b64decode(encoded, validate=True))  # type: ignore[arg-type]
+            weights = Weights.from_bytes(base64.b64decode(encoded, validate=True))
         except (binascii.Error, TypeError, ValueError):
             raise WeightsError("the weights in zarr.json are damaged: not base64") from None
         if weights.digest != digest:

@@ -1,0 +1,1 @@
+"""The codec: chunks of voxels to bytes and back."""

@@ -256,15 +256,19 @@ class ChunkEncoder:
             return replace(empty, mask=b"", raw=raw, error=ErrorSum(voxels.size))
         # Two bytes a latent are more than any neural chunk takes: a longer raw form cannot win.
         keep_raw = len(raw) < 2 * symbols.size + latents.codes.size
-        return replace(
-            empty, raw=raw if keep_raw else b"", codes=latents.codes, symbols=symbols, error=error
-        )
+        return replace(empty, raw=raw if keep_raw else b"", codes=latents.codes, symbols=symbols, error=error)
 
     def symbols(self, latents: Latents, quality: int) -> npt.NDArray[np.int16]:
         """Round latents at a quality: int16 (latents, Z, Y, X)."""
         gain = np.exp2(self.stream.log_gain(quality))[:, None, None, None]
         rounded = np.rint(latents.centred * gain)
         return np.clip(rounded, -LARGEST_SYMBOL, LARGEST_SYMBOL).astype(np.int16)
+
+    def size_at(self, draft: Draft | None, latents: Latents, quality: int) -> int:
+        """Bytes that a drafted chunk takes at another quality; `latents` are those of its voxels."""
+        if draft is not None and draft.symbols.size:
+            draft = replace(draft, quality=quality, symbols=self.symbols(latents, quality))
+        return len(pack(draft, self.stream, self._digest).data)
 
     def encode(self, voxels: Voxels, quality: int, origin: Shape3 | None = None) -> Packed:
         """Both halves of encoding one chunk."""

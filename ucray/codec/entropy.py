@@ -33,6 +33,7 @@ TOTAL = 1 << 16
 
 Codes = npt.NDArray[np.uint8]
 Symbols = npt.NDArray[np.int32]
+AnySymbols = npt.NDArray[np.int16] | Symbols
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class StreamTables:
 
     def means(self, codes: Codes) -> npt.NDArray[np.float32]:
         """Mean of every latent before the gain: (latents, Z, Y, X)."""
-        return self._spread(self.mean, codes) * self.mean_step[:, None, None, None]
+        means: npt.NDArray[np.float32] = self._spread(self.mean, codes).astype(np.float32)
+        return means * self.mean_step[:, None, None, None]
 
     def log_gain(self, quality: int) -> npt.NDArray[np.float32]:
         """log2 of the gain of each latent at `quality`: (latents,)."""
@@ -108,7 +110,7 @@ class StreamTables:
 
 
 def encode(
-    tables: StreamTables, codes: Codes, symbols: Symbols, quality: int
+    tables: StreamTables, codes: Codes, symbols: AnySymbols, quality: int
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
     """Code one chunk: (words of the coder, escaped symbols in coding order).
 
@@ -154,16 +156,16 @@ def decode(
     except ValueError as error:
         raise ChunkError(f"the coded symbols are damaged: {error}") from None
     count = math.prod(grid)
-    codes = np.stack([
-        coder.decode(model, count).astype(np.uint8).reshape(grid) for model in tables.code_models
-    ])
+    codes = np.stack(
+        [coder.decode(model, count).astype(np.uint8).reshape(grid) for model in tables.code_models]
+    )
     indices = tables.table_indices(codes, quality)
     shape = indices.shape
     order = np.argsort(indices.reshape(-1), kind="stable")
     used, counts = np.unique(indices, return_counts=True)
-    letters = np.concatenate([
-        coder.decode(tables.symbol_models[table], int(n)) for table, n in zip(used, counts, strict=True)
-    ])
+    letters = np.concatenate(
+        [coder.decode(tables.symbol_models[table], int(n)) for table, n in zip(used, counts, strict=True)]
+    )
     reach = np.repeat(tables.reach.astype(np.int32)[used], counts)
     escaped = letters == 2 * reach + 1
     if not coder.is_empty() or int(escaped.sum()) != len(escapes):

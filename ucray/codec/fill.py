@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -80,9 +82,9 @@ def keep_off_fill(decoded: Voxels, mask: Mask, fill_value: float) -> Voxels:
     return decoded
 
 
-def _next_value(fill: np.generic) -> np.generic:
+def _next_value(fill: Any) -> Any:
     if np.issubdtype(fill.dtype, np.floating):
-        return np.nextafter(fill, fill.dtype.type(np.inf))  # type: ignore[type-var, return-value]
+        return np.nextafter(fill, fill.dtype.type(np.inf))
     top = np.iinfo(fill.dtype).max
     return fill.dtype.type(int(fill) + 1 if int(fill) < top else top - 1)
 

@@ -66,8 +66,7 @@ class Analysis(nn.Module):
             *(ResidualBlock(sizes.latent_width, (3, 3, 3)) for _ in range(sizes.latent_blocks))
         )
         self.correct = nn.Conv3d(sizes.latent_width, config.latents, 1)
-        nn.init.zeros_(self.correct.weight)
-        nn.init.zeros_(self.correct.bias)
+        _zero(self.correct)
         self.side = nn.Conv3d(
             sizes.latent_width, config.code_width, config.code_stride, stride=config.code_stride
         )
@@ -106,8 +105,7 @@ class Synthesis(nn.Module):
             *(ResidualBlock(sizes.grid_width, config.grid_kernel) for _ in range(sizes.grid_blocks))
         )
         self.correct = nn.Conv3d(sizes.grid_width, config.subbands, 1)
-        nn.init.zeros_(self.correct.weight)
-        nn.init.zeros_(self.correct.bias)
+        _zero(self.correct)
         self.feature = nn.Conv3d(sizes.grid_width, sizes.inr_width, 1)
         self.inr = CoordinateNetwork(sizes.inr_width)
         self.register_buffer("subband_scale", torch.ones(config.subbands))
@@ -174,6 +172,11 @@ def parameter_count(module: nn.Module) -> int:
     return sum(math.prod(parameter.shape) for parameter in module.parameters())
 
 
+def _zero(layer: nn.Conv3d) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 def _channels(vector: Tensor) -> Tensor:
     return vector[None, :, None, None, None]
 
@@ -190,6 +193,8 @@ def load_network(weights: Weights, part: str, module: nn.Module) -> None:
     if not arrays:
         raise WeightsError(f"the weights hold no {part}; decoder weights cannot do more than decode")
     try:
-        module.load_state_dict({name: torch.from_numpy(array.astype("float32")) for name, array in arrays.items()})
+        module.load_state_dict(
+            {name: torch.from_numpy(array.astype("float32")) for name, array in arrays.items()}
+        )
     except RuntimeError:
         raise WeightsError(f"the weights are damaged: the {part} does not fit its configuration") from None

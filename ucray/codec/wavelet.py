@@ -52,7 +52,9 @@ class WaveletPacket(nn.Module):
     def inverse(self, coefficients: Tensor) -> Tensor:
         """Volume (batch, 1, z, y, x) of coefficients as `forward` gives them."""
         extended = functional.conv_transpose3d(coefficients, self.synthesis, stride=self.stride)
-        return self._folded(extended, [n * s for n, s in zip(coefficients.shape[2:], self.stride, strict=True)])
+        return self._folded(
+            extended, [n * s for n, s in zip(coefficients.shape[2:], self.stride, strict=True)]
+        )
 
     def _wrapped(self, volume: Tensor) -> Tensor:
         """Extend periodically so that a plain strided convolution computes the periodic one."""
@@ -98,7 +100,9 @@ def filter_bank(wavelet: str, levels: int) -> tuple[npt.NDArray[np.float64], int
     reach = (block - 1) * (bank.dec_len + bank.rec_len)
     centre = block * (reach // block + 2)
     size = 2 * centre
-    analysis = np.stack([_packet(np.eye(size)[t], wavelet, levels)[:, centre // block] for t in range(size)], axis=1)
+    analysis = np.stack(
+        [_packet(np.eye(size)[t], wavelet, levels)[:, centre // block] for t in range(size)], axis=1
+    )
     synthesis = np.stack(
         [_unpacket(np.eye(block)[b][:, None] * np.eye(size // block)[centre // block], wavelet, levels)
          for b in range(block)]

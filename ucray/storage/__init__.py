@@ -1,0 +1,1 @@
+"""Storage: source volumes, and the archive with its shards."""

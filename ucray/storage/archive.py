@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from pydantic import ValidationError
@@ -121,6 +122,23 @@ class Archive:
         if data is None:
             raise ArchiveError(f"the statistics of shard {index} are missing ({key})")
         return ShardStatistics.from_json(data)
+
+    def all_statistics(self) -> Iterator[ShardStatistics]:
+        """Statistics of every shard that exists; raises ArchiveError where they are missing.
+
+        Where two writers left statistics of one shard, the checksum of the stored object decides.
+        """
+        sizes = self.objects.sizes("")
+        by_shard: dict[str, list[str]] = {}
+        for key in sizes:
+            if key.startswith(STATISTICS):
+                by_shard.setdefault(key.removeprefix(STATISTICS).split("-")[0], []).append(key)
+        for index in sorted(present_shards(sizes, self.settings.grid)):
+            keys = by_shard.get(".".join(map(str, index)), [])
+            if len(keys) == 1 and (data := self.objects.get(keys[0])) is not None:
+                yield ShardStatistics.from_json(data)
+            else:
+                yield self.statistics(index, google_crc32c.value(self.shard(index)))
 
 
 def open_archive(url: str, endpoint_url: str | None = None) -> Archive:

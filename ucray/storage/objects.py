@@ -63,6 +63,18 @@ def open_store(url: str, endpoint_url: str | None = None) -> Store:
     return LocalStore(place, read_only=True)
 
 
+def open_writable_store(url: str, endpoint_url: str | None = None) -> Store:
+    """A zarr store to write to, under a local path, file:// or s3:// URL."""
+    scheme, place = _parsed(url)
+    if scheme == "s3":
+        return FsspecStore.from_url(
+            f"s3://{place}", storage_options=_s3_options(endpoint_url, asynchronous=True)
+        )
+    if scheme == "file":
+        return LocalStore(place)
+    raise SettingsError(f"{url} cannot be written to; give a local path or an s3:// URL")
+
+
 class LocalObjects:
     """Objects as files under a folder, which the first write makes."""
 
@@ -194,7 +206,9 @@ def _parsed(url: str) -> tuple[str, str]:
         return parts.scheme, url
     if parts.scheme == "":
         return "file", str(Path(url))
-    raise SettingsError(f"{url}: storage of kind {parts.scheme}:// is not served; local paths, s3:// and http(s):// are")
+    raise SettingsError(
+        f"{url}: storage of kind {parts.scheme}:// is not served; local paths, s3:// and http(s):// are"
+    )
 
 
 def _s3_options(endpoint_url: str | None, *, asynchronous: bool) -> dict[str, Any]:

@@ -85,7 +85,10 @@ class Volume:
         except UcrayError:
             raise
         except Exception as error:
-            raise SourceError(f"{self.url}: voxels {box} cannot be read: {' '.join(str(error).split())}") from error
+            # Codecs raise what they like on damaged bytes; ours keeps its name.
+            raise SourceError(
+                f"{self.url}: voxels {box} cannot be read: {' '.join(str(error).split())}"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "array"}
@@ -184,7 +187,9 @@ def _default_path(url: str, group: zarr.Group, multiscale: Mapping[str, Any]) ->
     if len(names) == 1:
         return names[0]
     listed = ", ".join(names) if names else "none"
-    raise SourceError(f"{url} is a group without OME-Zarr scales; name an array with --array (there are: {listed})")
+    raise SourceError(
+        f"{url} is a group without OME-Zarr scales; name an array with --array (there are: {listed})"
+    )
 
 
 def _space(multiscale: Mapping[str, Any], path: str) -> Space:
@@ -194,14 +199,19 @@ def _space(multiscale: Mapping[str, Any], path: str) -> Space:
     if len(axes) != 3 or not datasets:
         return Space()
     scale, translation = [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]
-    for transforms in (datasets[0].get("coordinateTransformations", []), multiscale.get("coordinateTransformations", [])):
+    for transforms in (
+        datasets[0].get("coordinateTransformations", []),
+        multiscale.get("coordinateTransformations", []),
+    ):
         for transform in transforms:
             if transform.get("type") == "scale":
                 factors = [float(v) for v in transform["scale"]]
                 scale = [a * b for a, b in zip(scale, factors, strict=True)]
                 translation = [a * b for a, b in zip(translation, factors, strict=True)]
             elif transform.get("type") == "translation":
-                translation = [a + float(b) for a, b in zip(translation, transform["translation"], strict=True)]
+                translation = [
+                    a + float(b) for a, b in zip(translation, transform["translation"], strict=True)
+                ]
     units = {axis.get("unit") for axis in axes if isinstance(axis, Mapping)}
     unit = units.pop() if len(units) == 1 else None
     return Space((scale[0], scale[1], scale[2]), (translation[0], translation[1], translation[2]), unit)

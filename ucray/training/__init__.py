@@ -1,0 +1,1 @@
+"""Training: one step of each stage, the schedule, and the weights that come out."""

@@ -78,7 +78,9 @@ def to_weights(
     }
     tensors = {f"stream.{name}": array for name, array in stream.items()}
     for part, module in (("analysis", coder.analysis), ("teacher", teacher), ("student", student)):
-        tensors |= {f"{part}.{name}": value.half().cpu().numpy() for name, value in module.state_dict().items()}
+        tensors |= {
+            f"{part}.{name}": value.half().cpu().numpy() for name, value in module.state_dict().items()
+        }
     weights = Weights(config, tensors, training)
     weights.check_stream()
     return weights
@@ -108,7 +110,9 @@ def _load_prior(
     knots = np.round(np.linspace(0, QUALITIES - 1, KNOTS)).astype(int)
     with torch.no_grad():
         prior.mean.copy_(torch.from_numpy(mean * mean_step).reshape(prior.mean.shape))
-        prior.log_scale.copy_(torch.from_numpy(scale.astype(np.float32) / SCALE_UNITS).reshape(prior.log_scale.shape))
+        prior.log_scale.copy_(
+            torch.from_numpy(scale.astype(np.float32) / SCALE_UNITS).reshape(prior.log_scale.shape)
+        )
         prior.base.copy_(torch.from_numpy(base.astype(np.float32) / SCALE_UNITS))
         prior.log_gain.copy_(torch.from_numpy(gain[knots].astype(np.float32) / SCALE_UNITS))
 
@@ -139,4 +143,3 @@ def _count(
                     counts[:-1] = (counts[:-1] + counts[-2::-1]) / 2
                     symbol_counts[table] += counts
     return symbol_counts, code_counts
-

@@ -104,7 +104,9 @@ class Trainer:
     def step(self, batch: Tensor) -> Figures:
         """One step on normalised chunks (batch, 1, z, y, x); figures to log, as plain floats."""
         if not self._started:
-            raise SettingsError("call start() with tiles, or give weights to start from, before the first step")
+            raise SettingsError(
+                "call start() with tiles, or give weights to start from, before the first step"
+            )
         if self._stage != self.stage:
             self._enter(self.stage)
         assert self._optimizer is not None
@@ -147,7 +149,7 @@ class Trainer:
         return bytes(save(tensors, metadata={"trainer": header}))
 
     def from_bytes(self, data: bytes) -> None:
-        """Go on from `to_bytes` of a run with the same settings; raises WeightsError if it is no such state."""
+        """Go on from `to_bytes` of a run with the same settings; raises WeightsError if it is none."""
         try:
             tensors = load(data)
             length = int.from_bytes(data[:8], "little")
@@ -157,7 +159,9 @@ class Trainer:
                 {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
             )
         except (ValueError, KeyError, RuntimeError) as error:
-            raise WeightsError(f"the checkpoint does not fit this run: {' '.join(str(error).split())}") from None
+            raise WeightsError(
+                f"the checkpoint does not fit this run: {' '.join(str(error).split())}"
+            ) from None
         self._started = True
         self.step_number = int(header["step"])
         if header["stage"]:

@@ -73,7 +73,9 @@ class RateDistortion(nn.Module):
         self.coder = coder
         self.teacher = teacher
 
-    def forward(self, x: Tensor, quality: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, quality: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, and figures to log: mse (normalised) and bpp, means over the batch."""
         stream = self.coder(x, quality, generator)
         x_hat = self.teacher(stream.y_hat, stream.prior, stream.log_gain)
@@ -95,7 +97,9 @@ class Distillation(nn.Module):
         # Frozen parts are kept out of the module tree: they have no gradient and no state to save.
         self._frozen = (coder, teacher)
 
-    def forward(self, x: Tensor, quality: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, quality: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, and figures to log: mse of the student and of the teacher (normalised)."""
         coder, teacher = self._frozen
         with torch.no_grad():
@@ -127,9 +131,7 @@ def frozen_stream(coder: Coder, x: Tensor, quality: Tensor) -> Stream:
     spread = log_gain[:, :, None, None, None]
     rounded = ((y - mean) * torch.exp2(spread)).round()
     bits = rate_in_bits(rounded, log_scale + spread).sum(dim=(1, 2, 3, 4))
-    return Stream(
-        mean + rounded * torch.exp2(-spread), prior, log_gain.mean(dim=1), bits, torch.zeros(())
-    )
+    return Stream(mean + rounded * torch.exp2(-spread), prior, log_gain.mean(dim=1), bits, torch.zeros(()))
 
 
 def draw_quality(batch: int, generator: torch.Generator) -> Tensor:

@@ -1,28 +1,56 @@
-"""Training batches from sampled tiles: random crops, flips and turns."""
+"""Training batches from sampled tiles: normalised, filled in, cropped, flipped and turned."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ucray.codec.fill import fill_mask, inpaint
 from ucray.config import CodecConfig
+from ucray.errors import SourceError
 from ucray.grid import Shape3
 
-Tile = npt.NDArray[np.float32]
+Tile = npt.NDArray[np.float16]
+
+LARGEST_FILL_SHARE = 0.5
+"""Tiles with more fill than this teach nothing about tissue and are left out."""
+
+
+def prepare_tiles(
+    voxels: Iterable[npt.NDArray[np.generic]], fill_value: float, offset: float, scale: float
+) -> list[Tile]:
+    """Normalise tiles (z, y, x) of any dtype and fill in what is no tissue; float16 to save memory.
+
+    Raises
+    ------
+    SourceError
+        If no tile holds tissue.
+    """
+    tiles = []
+    for tile in voxels:
+        mask = fill_mask(tile, fill_value)
+        if mask.mean() > LARGEST_FILL_SHARE or not np.isfinite(tile.astype(np.float64)).all():
+            continue
+        values = (tile.astype(np.float32) - np.float32(offset)) / np.float32(scale)
+        filled = inpaint(torch.from_numpy(values)[None, None], torch.from_numpy(mask)[None, None])
+        tiles.append(filled[0, 0].numpy().astype(np.float16))
+    if not tiles:
+        raise SourceError("the sampled tiles hold nothing but fill; there is nothing to train on")
+    return tiles
 
 
 class TileSampler:
-    """Draws batches of chunk-shaped crops from normalised tiles (z, y, x), float32.
+    """Draws batches of chunk-shaped crops from prepared tiles (z, y, x).
 
     Axes along which the codec works alike are exchanged at random and every axis is flipped at
     random: tissue has no preferred direction, and a small volume yields many different chunks.
     """
 
-    def __init__(self, tiles: Sequence[Tile], chunk: Shape3, config: CodecConfig, seed: int) -> None:
+    def __init__(self, tiles: list[Tile], chunk: Shape3, config: CodecConfig, seed: int) -> None:
         self._tiles = tiles
         self._chunk = chunk
         self._random = np.random.default_rng(seed)
@@ -30,14 +58,15 @@ class TileSampler:
             order
             for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
             if all(
-                chunk[a] == chunk[b] and config.stride[a] == config.stride[b]
-                for a, b in enumerate(order)
+                chunk[axis] == chunk[other] and config.stride[axis] == config.stride[other]
+                for axis, other in enumerate(order)
             )
         ]
 
     def draw(self, batch: int) -> Tensor:
-        """A batch (batch, 1, z, y, x) in chunk shape."""
-        return torch.from_numpy(np.stack([self._crop() for _ in range(batch)])[:, None])
+        """A batch (batch, 1, z, y, x) in chunk shape, float32."""
+        crops = np.stack([self._crop() for _ in range(batch)])
+        return torch.from_numpy(crops.astype(np.float32)[:, None])
 
     def _crop(self) -> Tile:
         tile = self._tiles[self._random.integers(len(self._tiles))]

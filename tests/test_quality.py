@@ -1,0 +1,76 @@
+"""Squared error, PSNR and SSIM of decoded volumes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from ucray.quality import ErrorSum, psnr_of, ssim
+
+volumes = arrays(np.uint8, (3, 4, 5))
+
+
+def test_no_voxels_have_no_error() -> None:
+    nothing = ErrorSum()
+    assert (nothing.mse, nothing.psnr(255.0)) == (0.0, math.inf)
+    assert ErrorSum.between(np.empty(0, np.uint8), np.empty(0, np.uint8)) == nothing
+
+
+def test_error_of_unsigned_voxels_does_not_wrap_around() -> None:
+    original, decoded = np.array([0, 255, 10], np.uint8), np.array([255, 0, 10], np.uint8)
+    assert ErrorSum.between(original, decoded) == ErrorSum(3, 2 * 255.0**2, 255.0)
+
+
+@given(volumes, volumes)
+def test_error_is_the_sum_over_voxels(
+    original: npt.NDArray[np.uint8], decoded: npt.NDArray[np.uint8]
+) -> None:
+    differences = [int(a) - int(b) for a, b in zip(original.flat, decoded.flat, strict=True)]
+    expected = ErrorSum(60, sum(d * d for d in differences), max(abs(d) for d in differences))
+    assert ErrorSum.between(original, decoded) == expected
+
+
+@given(volumes, volumes, st.integers(0, 3))
+def test_errors_of_parts_add_up_to_the_whole(
+    original: npt.NDArray[np.uint8], decoded: npt.NDArray[np.uint8], cut: int
+) -> None:
+    # Whole numbers below 2^53 add up exactly in float64, whatever the order.
+    parts = ErrorSum.between(original[:cut], decoded[:cut]) + ErrorSum.between(original[cut:], decoded[cut:])
+    assert parts == ErrorSum.between(original, decoded)
+
+
+def test_not_a_number_equals_itself_and_nothing_else() -> None:
+    nan = np.array([np.nan, 1.0], np.float32)
+    assert ErrorSum.between(nan, nan) == ErrorSum(2, 0.0, 0.0)
+    assert math.isnan(ErrorSum.between(nan, np.array([0.0, 1.0], np.float32)).squared)
+
+
+def test_infinity_equals_itself_and_nothing_else() -> None:
+    infinite = np.array([np.inf, -np.inf, 1.0], np.float32)
+    assert ErrorSum.between(infinite, infinite) == ErrorSum(3, 0.0, 0.0)
+    assert ErrorSum.between(infinite, -infinite).maximum == math.inf
+
+
+def test_psnr_is_of_the_mean_over_voxels() -> None:
+    # 10 log10(255^2 / 1) dB
+    assert ErrorSum(4, 4.0, 2.0).psnr(255.0) == pytest.approx(48.130803608679, abs=1e-9)
+    assert psnr_of(0.0, 255.0) == math.inf
+    # Half the amplitude of the error is 20 log10(2) dB more.
+    assert psnr_of(1.0, 255.0) - psnr_of(4.0, 255.0) == pytest.approx(6.020599913280, abs=1e-9)
+
+
+def test_ssim_is_the_mean_over_slices() -> None:
+    random = np.random.default_rng(0)
+    original = random.integers(0, 256, (2, 16, 16)).astype(np.uint8)
+    decoded = original.copy()
+    decoded[1] = np.clip(original[1].astype(int) + random.integers(-60, 61, (16, 16)), 0, 255)
+    one_slice = ssim(original[1:], decoded[1:], 255.0)
+    assert ssim(original, original, 255.0) == 1.0
+    assert one_slice < 0.95
+    assert ssim(original, decoded, 255.0) == pytest.approx((1.0 + one_slice) / 2, abs=1e-12)

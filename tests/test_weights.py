@@ -1,0 +1,287 @@
+"""Weights: one file, one digest, and no damaged table ever reaches a decoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from safetensors.numpy import save
+
+from ucray.codec.entropy import TOTAL
+from ucray.codec.network import Analysis, Synthesis, load_network
+from ucray.codec.weights import FORMAT, Weights
+from ucray.config import CodecConfig
+from ucray.errors import WeightsError
+from ucray.training.calibrate import freeze, load_weights
+from ucray.training.loss import Coder
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+
+def with_tensors(weights: Weights, **changes: npt.NDArray[np.generic] | None) -> Weights:
+    """Other `stream` tensors; None leaves one out."""
+    tensors = dict(weights.tensors)
+    for name, array in changes.items():
+        if array is None:
+            del tensors[f"stream.{name}"]
+        else:
+            tensors[f"stream.{name}"] = array
+    return Weights(weights.config, tensors, weights.training)
+
+
+def rewritten(weights: Weights, header: object, key: str = FORMAT) -> bytes:
+    """The tensors of `weights` in a file with another header."""
+    return bytes(save(dict(weights.tensors), metadata={key: json.dumps(header)}))
+
+
+def test_round_trip(tiny_weights: Weights) -> None:
+    training = {"steps": [1200, 500], "source": {"name": "fib25"}, "psnr": 30.5}
+    written = Weights(tiny_weights.config, tiny_weights.tensors, training)
+    read = Weights.from_bytes(written.to_bytes())
+    assert read.config == written.config
+    assert read.training == training
+    assert read.tensors.keys() == written.tensors.keys()
+    for name, array in written.tensors.items():
+        assert read.tensors[name].dtype == array.dtype
+        np.testing.assert_array_equal(read.tensors[name], array)
+    assert (read.digest, read.stream_digest) == (written.digest, written.stream_digest)
+
+
+def test_bytes_do_not_depend_on_the_order_of_the_tensors(tiny_weights: Weights) -> None:
+    reordered = dict(reversed(list(tiny_weights.tensors.items())))
+    other = Weights(tiny_weights.config, reordered, tiny_weights.training)
+    assert other.to_bytes() == tiny_weights.to_bytes() == tiny_weights.to_bytes()
+    assert other.digest == tiny_weights.digest
+
+
+def test_digest_ignores_training_and_the_layout_of_arrays(tiny_weights: Weights) -> None:
+    untold = Weights(tiny_weights.config, tiny_weights.tensors)
+    strided = Weights(
+        tiny_weights.config, {k: np.asfortranarray(v) for k, v in tiny_weights.tensors.items()}, {"steps": 9}
+    )
+    assert untold.digest == strided.digest == tiny_weights.digest
+    assert len(tiny_weights.digest) == 64
+    assert Weights.from_bytes(strided.to_bytes()).digest == tiny_weights.digest
+
+
+def test_digest_depends_on_every_tensor_and_on_the_configuration(tiny_weights: Weights) -> None:
+    digests = {tiny_weights.digest}
+    for name, array in tiny_weights.tensors.items():
+        changed = array.copy()
+        changed.reshape(-1)[-1] += 1
+        digests.add(Weights(tiny_weights.config, dict(tiny_weights.tensors) | {name: changed}).digest)
+    other = tiny_weights.config.model_copy(update={"wavelet": "db2"})
+    digests.add(Weights(other, tiny_weights.tensors).digest)
+    assert len(digests) == len(tiny_weights.tensors) + 2
+
+
+def test_stream_digest_ignores_the_networks(tiny_weights: Weights) -> None:
+    halved = {k: v if k.startswith("stream.") else v / 2 for k, v in tiny_weights.tensors.items()}
+    other = Weights(tiny_weights.config, halved)
+    assert other.stream_digest == tiny_weights.stream_digest
+    assert other.digest != tiny_weights.digest
+    base = with_tensors(tiny_weights, base=tiny_weights.stream.base + np.int16(1))
+    assert base.stream_digest != tiny_weights.stream_digest
+
+
+def test_decoder_holds_stream_and_student_and_nothing_else(tiny_weights: Weights) -> None:
+    decoder = tiny_weights.decoder()
+    parts = {name.split(".")[0] for name in decoder.tensors}
+    assert parts == {"stream", "student"}
+    assert decoder.part("student").keys() == tiny_weights.part("student").keys()
+    assert decoder.part("stream").keys() == tiny_weights.part("stream").keys()
+    assert dict(decoder.training) == {}
+    assert decoder.stream_digest == tiny_weights.stream_digest
+    assert decoder.digest == decoder.decoder().digest != tiny_weights.digest
+    assert Weights.from_bytes(decoder.to_bytes()).digest == decoder.digest
+
+
+def test_part_takes_off_its_prefix(tiny_weights: Weights) -> None:
+    assert set(tiny_weights.part("stream")) >= {"codebook", "mean", "scale", "frequencies"}
+    assert all(name.startswith("teacher.") for name in tiny_weights.part("teacher", keep_prefix=True))
+    assert tiny_weights.part("nothing") == {}
+
+
+def test_stream_tables_are_the_tensors(tiny_weights: Weights) -> None:
+    stream = tiny_weights.stream
+    assert stream.code_stride == tiny_weights.config.code_stride
+    for name in ("mean", "scale", "base", "gain", "reach", "frequencies", "code_frequencies", "mean_step"):
+        np.testing.assert_array_equal(getattr(stream, name), tiny_weights.tensors[f"stream.{name}"])
+
+
+def test_every_cut_is_refused(tiny_weights: Weights) -> None:
+    data = tiny_weights.decoder().to_bytes()
+    for length in [*range(0, 200), *range(200, len(data), 997), len(data) - 1]:
+        with pytest.raises(WeightsError):
+            Weights.from_bytes(data[:length])
+
+
+def test_a_flipped_bit_is_refused_or_seen_in_the_digest(tiny_weights: Weights) -> None:
+    decoder = tiny_weights.decoder()
+    data = decoder.to_bytes()
+    random = np.random.default_rng(0)
+    header = int.from_bytes(data[:8], "little") + 8
+    unnoticed = []
+    for place in [*range(header), *random.integers(header, len(data), 200).tolist()]:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(random.integers(8))
+        try:
+            if Weights.from_bytes(bytes(flipped)).digest == decoder.digest:
+                unnoticed.append(place)
+        except WeightsError:
+            pass
+    assert unnoticed == []
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 8, b"PK\x03\x04" * 20, b"{}", b"\xff" * 100])
+def test_foreign_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(WeightsError):
+        Weights.from_bytes(data)
+
+
+def test_foreign_safetensors_are_refused(tiny_weights: Weights) -> None:
+    for data in (
+        save({"weight": np.zeros(3, np.float32)}),
+        save({"weight": np.zeros(3, np.float32)}, metadata={"format": "pt"}),
+        rewritten(tiny_weights, {}, key="ucray-weights-2"),
+    ):
+        with pytest.raises(WeightsError, match=FORMAT):
+            Weights.from_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        [],
+        None,
+        "config",
+        {"config": {}},
+        {"config": {"latents": -1}, "training": {}},
+        {"config": {"pickle": "yes"}, "training": {}},
+        {"config": {"levels": [2, 2]}, "training": {}},
+    ],
+    ids=str,
+)
+def test_headers_that_do_not_parse_are_refused(tiny_weights: Weights, header: object) -> None:
+    with pytest.raises(WeightsError):
+        Weights.from_bytes(rewritten(tiny_weights, header))
+
+
+def test_another_configuration_than_that_of_the_tables_is_refused(tiny_weights: Weights) -> None:
+    config = tiny_weights.config.model_dump(mode="json")
+    for change in (
+        {"latents": 9},
+        {"codes": 32},
+        {"code_stages": 3},
+        {"code_stride": [2, 2, 1]},
+        {"code_width": 5},
+    ):
+        with pytest.raises(WeightsError):
+            Weights.from_bytes(rewritten(tiny_weights, {"config": config | change, "training": {}}))
+
+
+def _moved(frequencies: npt.NDArray[Any], source: int, target: int, count: int) -> npt.NDArray[Any]:
+    """Take `count` from one frequency and give it to another, so that the sum over all stays."""
+    moved = frequencies.copy()
+    moved.reshape(-1)[source] -= count
+    moved.reshape(-1)[target] += count
+    return moved
+
+
+BAD_TABLES: dict[str, Callable[[Tensors], Tensors]] = {
+    **{
+        f"no {name}": lambda stream, name=name: {k: v for k, v in stream.items() if k != name}  # type: ignore[misc]
+        for name in (
+            *("codebook", "mean", "scale", "mean_step", "base"),
+            *("gain", "reach", "frequencies", "code_frequencies"),
+        )
+    },
+    "mean of int16": lambda s: s | {"mean": s["mean"].astype(np.int16)},
+    "frequencies of int16": lambda s: s | {"frequencies": s["frequencies"].astype(np.int16)},
+    "gain of fewer qualities": lambda s: s | {"gain": s["gain"][:-1]},
+    "a frequency of zero": lambda s: (
+        s | {"frequencies": _moved(s["frequencies"], 0, 2, int(s["frequencies"][0]))}
+    ),
+    "a sum too small": lambda s: s | {"frequencies": _moved(s["frequencies"], 2, 3, 1)[:-1]},
+    # A table's sum is wrong, the next one's too, and together they are right.
+    "mass in another table": lambda s: s | {"frequencies": _moved(s["frequencies"], 2, 8, 1)},
+    "mass in another stage": lambda s: (
+        s | {"code_frequencies": _moved(s["code_frequencies"], 0, s["code_frequencies"].shape[1], 1)}
+    ),
+    "a code frequency of zero": lambda s: (
+        s | {"code_frequencies": _moved(s["code_frequencies"], 0, 1, int(s["code_frequencies"][0, 0]))}
+    ),
+    "no tables": lambda s: s | {"reach": s["reach"][:0], "frequencies": s["frequencies"][:0]},
+    "a reach below zero": lambda s: s | {"reach": np.concatenate([[-1], s["reach"]]).astype(np.int16)},
+    "a reach of one table": lambda s: s | {"reach": s["reach"][:1]},
+    "a longer reach": lambda s: s | {"reach": s["reach"] + np.int16(1)},
+    "more tables than a byte can name": lambda s: (
+        s
+        | {
+            "reach": np.zeros(257, np.int16),
+            "frequencies": np.full(2 * 257, TOTAL // 2, np.uint16),
+        }
+    ),
+    "a reach that is one number": lambda s: s | {"reach": np.array(4, np.int16)},
+    "a reach of two axes": lambda s: s | {"reach": s["reach"][:, None]},
+    "frequencies of two axes": lambda s: s | {"frequencies": s["frequencies"].reshape(2, -1)},
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_TABLES.values(), ids=BAD_TABLES.keys())
+def test_bad_tables_are_refused(tiny_weights: Weights, spoil: Callable[[Tensors], Tensors]) -> None:
+    decoder = tiny_weights.decoder()
+    spoilt = {f"stream.{name}": array for name, array in spoil(decoder.part("stream")).items()}
+    student = decoder.part("student", keep_prefix=True)
+    header = {"config": decoder.config.model_dump(mode="json"), "training": {}}
+    data = rewritten(Weights(decoder.config, spoilt | student), header)
+    with pytest.raises(WeightsError):
+        Weights.from_bytes(data)
+
+
+@pytest.mark.parametrize("table", ["mean_step", "codebook"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_tables_of_no_number_are_refused(tiny_weights: Weights, table: str, value: float) -> None:
+    array = tiny_weights.tensors[f"stream.{table}"].copy()
+    array.reshape(-1)[0] = value
+    with pytest.raises(WeightsError):
+        Weights.from_bytes(with_tensors(tiny_weights, **{table: array}).to_bytes())
+
+
+def test_networks_are_loaded_as_stored(tiny_weights: Weights) -> None:
+    student = Synthesis(tiny_weights.config, tiny_weights.config.student)
+    load_network(tiny_weights, "student", student)
+    state = student.state_dict()
+    assert state.keys() == tiny_weights.part("student").keys()
+    for name, array in tiny_weights.part("student").items():
+        np.testing.assert_array_equal(state[name].numpy(), array.astype(np.float32))
+
+
+def test_decoder_weights_cannot_load_an_analysis(tiny_weights: Weights) -> None:
+    with pytest.raises(WeightsError, match="hold no analysis"):
+        load_network(tiny_weights.decoder(), "analysis", Analysis(tiny_weights.config))
+
+
+def test_a_network_of_another_shape_is_refused(tiny_weights: Weights) -> None:
+    with pytest.raises(WeightsError, match="student"):
+        load_network(tiny_weights, "student", Synthesis(tiny_weights.config, tiny_weights.config.teacher))
+
+
+def test_frozen_networks_are_those_of_the_file(tiny_weights: Weights) -> None:
+    """Stage 2 distils against the frozen stream; it must be the one that decoders will see."""
+    config: CodecConfig = tiny_weights.config
+    coder = Coder(config)
+    load_weights(tiny_weights, coder, Synthesis(config, config.teacher), Synthesis(config, config.student))
+    with torch.no_grad():
+        for tensor in (*coder.analysis.parameters(), *coder.analysis.buffers(), coder.codebook.entries):
+            tensor.add_(1e-5 * torch.ones_like(tensor))
+    freeze(coder)
+    assert not any(parameter.requires_grad for parameter in coder.parameters())
+    for name, value in (*coder.analysis.state_dict().items(), ("codebook", coder.codebook.entries)):
+        assert torch.equal(value, value.half().float()), name

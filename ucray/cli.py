@@ -1,0 +1,280 @@
+"""The command line: parses, calls a job, prints. Nothing else happens here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ucray.errors import UcrayError
+from ucray.grid import parse_shape
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compress electron-microscopy volumes on Ray into archives that any zarr reader opens.",
+)
+
+Source = Annotated[
+    str, typer.Argument(help="Volume: zarr array or OME-Zarr group; path, s3:// or http(s)://.")
+]
+Archive = Annotated[str, typer.Argument(help="Archive: path or s3:// URL.")]
+Endpoint = Annotated[
+    str | None, typer.Option(help="S3 endpoint; AWS_ENDPOINT_URL serves too.", envvar="AWS_ENDPOINT_URL")
+]
+ArrayName = Annotated[str | None, typer.Option("--array", help="Array within the source group.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Serial = Annotated[bool, typer.Option(help="Work in this process, without Ray.")]
+Workers = Annotated[int, typer.Option(min=1, help="Workers.")]
+
+
+@app.command()
+def synth(
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Where the volume goes.")],
+    shape: Annotated[str, typer.Option(help="Shape z,y,x.")] = "256,256,256",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    endpoint_url: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a synthetic EM-like volume as OME-Zarr."""
+    from ucray.cluster import jobs
+
+    jobs.synth(destination, parse_shape(shape), seed, connection=jobs.Connection(endpoint_url))
+    _print({"volume": destination, "shape": list(parse_shape(shape)), "seed": seed}, as_json)
+
+
+@app.command()
+def train(
+    source: Source,
+    destination: Annotated[str, typer.Argument(metavar="WEIGHTS", help="Where the weights go.")],
+    train_steps: Annotated[int, typer.Option(min=0, help="Steps of the teacher.")] = 1200,
+    student_steps: Annotated[int, typer.Option(min=1, help="Steps of the student.")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="Chunks a step and worker.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    init: Annotated[str | None, typer.Option(help="Weights of another domain to start from.")] = None,
+    workers: Workers = 1,
+    gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
+    storage: Annotated[str | None, typer.Option(help="Where checkpoints go; path or s3:// URL.")] = None,
+    endpoint_url: Endpoint = None,
+    array: ArrayName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a teacher and distil a student on samples of a volume."""
+    from ucray.cluster import jobs
+
+    settings = jobs.training_from(
+        teacher_steps=train_steps,
+        student_steps=student_steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    with _progress(as_json) as listener:
+        weights = jobs.train(
+            source,
+            destination,
+            settings,
+            init=init,
+            workers=workers,
+            use_gpu=gpu,
+            storage=storage,
+            connection=jobs.Connection(endpoint_url, array),
+            listener=listener,
+        )
+    _print({"weights": destination, "digest": weights.digest, "bytes": len(weights.to_bytes())}, as_json)
+
+
+@app.command()
+def compress(
+    source: Source,
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Archive to write or to finish.")],
+    ratio: Annotated[float, typer.Option(help="Source bytes over archive bytes.")] = 64.0,
+    weights: Annotated[str | None, typer.Option(help="Weights; without them they are trained first.")] = None,
+    train_steps: Annotated[
+        int | None, typer.Option(min=1, help="Train, or fine-tune --weights, that long.")
+    ] = None,
+    chunk: Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")] = None,
+    shard: Annotated[str | None, typer.Option(help="Shard shape, a multiple of the chunk's.")] = None,
+    roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus metrics on this port.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    workers: Workers = 1,
+    write_workers: Annotated[int, typer.Option(min=1, help="Workers that write.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    serial: Serial = False,
+    failed_boxes: Annotated[
+        str, typer.Option(help="File for boxes that failed.")
+    ] = "ucray-failed-boxes.json",
+    endpoint_url: Endpoint = None,
+    array: ArrayName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a volume into an archive; the same command again finishes an interrupted job."""
+    from ucray.cluster import jobs
+
+    options = jobs.options_from(
+        ratio=ratio,
+        chunk=None if chunk is None else parse_shape(chunk),
+        shard=None if shard is None else parse_shape(shard),
+        roi=roi,
+    )
+    connection = jobs.Connection(endpoint_url, array)
+    if dry_run:
+        _print(jobs.plan(source, options, weights, connection=connection).describe(), as_json)
+        return
+    with _progress(as_json) as listener:
+        report = jobs.compress(
+            source,
+            destination,
+            options,
+            weights=weights,
+            training=None if train_steps is None else jobs.training_for(train_steps),
+            run_options=jobs.run_options_from(
+                encode_workers=workers,
+                write_workers=write_workers,
+                device=device,
+                serial=serial,
+                metrics_port=metrics_port,
+                failed_boxes=failed_boxes,
+            ),
+            connection=connection,
+            listener=listener,
+        )
+    _print(dataclasses.asdict(report) | {"ratio": report.ratio}, as_json)
+
+
+@app.command()
+def decompress(
+    archive: Archive,
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Where the plain zarr volume goes.")],
+    workers: Workers = 1,
+    serial: Serial = False,
+    endpoint_url: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an archive out as a plain OME-Zarr volume."""
+    from ucray.cluster import jobs
+
+    with _progress(as_json) as listener:
+        done = jobs.decompress(
+            archive,
+            destination,
+            workers=workers,
+            serial=serial,
+            connection=jobs.Connection(endpoint_url),
+            listener=listener,
+        )
+    _print(dataclasses.asdict(done), as_json)
+
+
+@app.command()
+def verify(
+    archive: Archive,
+    source: Annotated[str | None, typer.Option(help="Compare every voxel with this source.")] = None,
+    workers: Workers = 1,
+    serial: Serial = False,
+    endpoint_url: Endpoint = None,
+    array: ArrayName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that an archive is whole; exits with 1 if it is not."""
+    from ucray.cluster import jobs
+
+    with _progress(as_json) as listener:
+        found = jobs.verify(
+            archive,
+            source,
+            workers=workers,
+            serial=serial,
+            connection=jobs.Connection(endpoint_url, array),
+            listener=listener,
+        )
+    _print(dataclasses.asdict(found) | {"clean": found.clean}, as_json)
+    if not found.clean:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(archive: Archive, endpoint_url: Endpoint = None, as_json: AsJson = False) -> None:
+    """Say what an archive holds, how large and how good it is."""
+    from ucray.cluster import jobs
+
+    _print(jobs.info(archive, connection=jobs.Connection(endpoint_url)), as_json)
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line and their exit status."""
+    try:
+        app()
+    except UcrayError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+@contextmanager
+def _progress(as_json: bool) -> Iterator[Callable[[Any], None]]:
+    """Progress bars on standard error; none where nobody looks or a script reads."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=as_json or not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def listen(event: Any) -> None:
+            if event.stage not in tasks:
+                tasks[event.stage] = progress.add_task(event.stage, speed="", note="")
+            task = progress.tasks[progress.task_ids.index(tasks[event.stage])]
+            speed = ""
+            if event.stage in ("compress", "verify", "decompress") and task.elapsed:
+                speed = f"{event.done / task.elapsed / 1e6:.1f} MB/s"
+            progress.update(
+                tasks[event.stage], completed=event.done, total=event.total, speed=speed, note=event.note
+            )
+
+        yield listen
+
+
+def _print(document: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_finite(document), indent=1))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in document.items():
+        table.add_row(name.replace("_", " "), _shown(value))
+    Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(entry)}" for name, entry in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_shown(entry) for entry in value) or "none"
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: an error-free volume's PSNR is null there."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

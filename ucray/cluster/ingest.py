@@ -1,0 +1,99 @@
+"""Ray Data sources: boxes of a volume, one lazy read task each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from ray.data import Datasource
+from ray.data.block import Block, BlockAccessor, BlockMetadata
+from ray.data.datasource import ReadTask
+
+from ucray.errors import UcrayError
+from ucray.grid import Box
+from ucray.storage.volume import Volume
+
+Row = dict[str, Any]
+
+
+class BoxSource(Datasource):
+    """Reads boxes of a volume; one row, one block and one task a box.
+
+    Rows have `key` (the box's name), `voxels` (uint8: the bytes in row-major order), `shape`,
+    `read_seconds` and `error`: an unreadable box is a row with an error, not the end of the job.
+    """
+
+    def __init__(self, volume: Volume, boxes: Sequence[tuple[str, Box]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._volume = volume
+        self._boxes = list(boxes)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One task a box, whatever parallelism is suggested: a box is the unit that fails alone."""
+        return [self._task(key, box) for key, box in self._boxes]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Bytes of all boxes."""
+        return sum(self._nbytes(box) for _, box in self._boxes)
+
+    def _nbytes(self, box: Box) -> int:
+        return box.voxels * np.dtype(self._volume.dtype).itemsize
+
+    def _task(self, key: str, box: Box) -> ReadTask:
+        volume = self._volume
+
+        def read() -> Iterable[Block]:
+            started = time.perf_counter()
+            error = ""
+            voxels = np.empty(0, np.uint8)
+            try:
+                voxels = np.frombuffer(np.ascontiguousarray(volume.read(box)).data.cast("B"), np.uint8)
+            except UcrayError as failure:
+                error = str(failure)
+            row = {
+                "key": key,
+                "voxels": voxels,
+                "shape": np.array(box.shape, np.int64),
+                "read_seconds": time.perf_counter() - started,
+                "error": error,
+            }
+            yield row_to_block(row)
+
+        metadata = BlockMetadata(num_rows=1, size_bytes=self._nbytes(box), exec_stats=None, input_files=None)
+        return ReadTask(read, metadata)
+
+
+def row_to_block(row: Row) -> Block:
+    """One row as a block."""
+    return BlockAccessor.batch_to_block({name: _column(value) for name, value in row.items()})
+
+
+def one_row(batch: dict[str, npt.NDArray[Any]]) -> Row:
+    """The row of a batch of one."""
+    return {name: column[0] for name, column in batch.items()}
+
+
+def one_row_batch(row: Row) -> dict[str, npt.NDArray[Any]]:
+    """A batch of one row."""
+    return {name: _column(value) for name, value in row.items()}
+
+
+def voxels_of(row: Row, dtype: str) -> npt.NDArray[np.generic]:
+    """The voxels of a row of BoxSource, (z, y, x)."""
+    data = np.ascontiguousarray(row["voxels"], dtype=np.uint8)
+    return data.view(dtype).reshape(tuple(int(n) for n in row["shape"]))
+
+
+def _column(value: Any) -> npt.NDArray[Any]:
+    if isinstance(value, np.ndarray):
+        return value[None]
+    if isinstance(value, (str, int, float, bool)):
+        return np.array([value])
+    column = np.empty(1, dtype=object)
+    column[0] = value
+    return column

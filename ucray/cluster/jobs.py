@@ -1,0 +1,338 @@
+"""The jobs as functions of plain values: what `ucray` exports and the command line calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import zarr
+from pydantic import ValidationError
+
+from ucray.cluster.compress import JobReport, RunOptions, archive_bytes, check_empty, prepare, run
+from ucray.cluster.decompress import Decompressed, decompress_archive
+from ucray.cluster.plan import CompressOptions, CompressPlan, config_for, plan_compress
+from ucray.cluster.session import ray_session
+from ucray.cluster.telemetry import Listener, ignore
+from ucray.cluster.train import train as train_on_ray
+from ucray.cluster.verify import Verification, verify_archive
+from ucray.codec.weights import Weights
+from ucray.config import Settings, TrainingConfig
+from ucray.errors import DestinationError, SettingsError, WeightsError
+from ucray.grid import Shape3
+from ucray.quality import ErrorSum
+from ucray.storage.archive import GROUP_KEY, WEIGHTS_KEY, Archive, find_archive, open_archive
+from ucray.storage.objects import Objects, open_objects, open_writable_store, translated
+from ucray.storage.volume import Space, open_volume
+from ucray.synthetic import synthetic_volume
+
+Checked = TypeVar("Checked", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How sources and destinations are reached: S3 endpoint, array within a source group."""
+
+    endpoint_url: str | None = None
+    array: str | None = None
+
+
+def synth(
+    destination: str,
+    shape: Shape3 = (256, 256, 256),
+    seed: int = 0,
+    *,
+    connection: Connection = Connection(),
+) -> Space:
+    """Write a synthetic EM-like volume, uint8, as a sharded OME-Zarr 0.5 group.
+
+    Raises
+    ------
+    DestinationError
+        If anything stands at the destination.
+    """
+    objects = open_objects(destination, connection.endpoint_url)
+    objects.check_place()
+    if objects.sizes(""):
+        raise DestinationError(f"{destination} is not empty; give a destination of its own")
+    space = Space((8.0, 8.0, 8.0), (0.0, 0.0, 0.0), "nanometer")
+    voxels = synthetic_volume(shape, seed)
+    chunk = tuple(min(64, n) for n in shape)
+    shard = tuple(min(4 * c, -(-n // c) * c) for c, n in zip(chunk, shape, strict=True))
+    with translated(destination):
+        store = open_writable_store(destination, connection.endpoint_url)
+        group = zarr.create_group(store, attributes=space.to_ome("synthetic"))
+        array = group.create_array(
+            "0",
+            shape=shape,
+            dtype="uint8",
+            chunks=chunk,
+            shards=shard,
+            fill_value=0,
+            dimension_names=("z", "y", "x"),
+        )
+        array[...] = voxels
+    return space
+
+
+def plan(
+    source: str,
+    options: CompressOptions,
+    weights: str | None = None,
+    *,
+    connection: Connection = Connection(),
+) -> CompressPlan:
+    """What `compress` would do, from metadata alone; writes nothing."""
+    volume = open_volume(source, connection.array, connection.endpoint_url)
+    loaded = load_weights(weights, connection.endpoint_url) if weights is not None else None
+    return plan_compress(volume, loaded.config if loaded else config_for(volume), options)
+
+
+def compress(
+    source: str,
+    destination: str,
+    options: CompressOptions | None = None,
+    *,
+    weights: str | None = None,
+    training: TrainingConfig | None = None,
+    run_options: RunOptions | None = None,
+    connection: Connection = Connection(),
+    listener: Listener = ignore,
+) -> JobReport:
+    """Compress a volume into an archive, or finish an archive that an earlier run began.
+
+    Parameters
+    ----------
+    source, destination
+        Local paths or s3:// URLs; http(s):// too for the source.
+    weights
+        Path or URL of weights. None trains weights on the volume and keeps them in the archive.
+    training
+        Steps of that training, or of fine-tuning `weights`; None with `weights` uses them as they are.
+    run_options
+        Workers, device, serial or Ray, metrics port.
+
+    Raises
+    ------
+    UcrayError
+        One of its subclasses for whatever is wrong; JobError if shards failed while running.
+    """
+    options = options or CompressOptions()
+    run_options = run_options or RunOptions()
+    volume = open_volume(source, connection.array, connection.endpoint_url)
+    objects = open_objects(destination, connection.endpoint_url)
+    objects.check_place()
+    start = load_weights(weights, connection.endpoint_url) if weights is not None else None
+    if start is None:
+        training = training or TrainingConfig()
+    decided = plan_compress(volume, start.config if start else config_for(volume), options)
+    if start is not None and training is None:
+        used = start
+    else:
+        assert training is not None
+        used = _trained(decided, objects, training, start, run_options, listener)
+    archive = prepare(decided, objects, used, training, run_options.device, listener)
+    return run(decided, archive, used, run_options, connection.endpoint_url, listener)
+
+
+def train(
+    source: str,
+    destination: str,
+    settings: TrainingConfig | None = None,
+    *,
+    init: str | None = None,
+    workers: int = 1,
+    use_gpu: bool = False,
+    storage: str | None = None,
+    connection: Connection = Connection(),
+    listener: Listener = ignore,
+) -> Weights:
+    """Train weights on a volume and write them to a new object at `destination`."""
+    volume = open_volume(source, connection.array, connection.endpoint_url)
+    folder, name = _object(destination, connection.endpoint_url)
+    folder.check_place()
+    if folder.get(name) is not None:
+        raise DestinationError(f"{destination} exists; give another name")
+    start = load_weights(init, connection.endpoint_url) if init is not None else None
+    with ray_session():
+        weights = train_on_ray(
+            volume,
+            settings or TrainingConfig(),
+            start=start,
+            workers=workers,
+            use_gpu=use_gpu,
+            storage=storage,
+            listener=listener,
+        )
+    if not folder.put_new(name, weights.to_bytes()):
+        raise DestinationError(f"{destination} appeared while training; the new weights are not kept")
+    return weights
+
+
+def verify(
+    archive: str,
+    source: str | None = None,
+    *,
+    serial: bool = False,
+    workers: int = 1,
+    connection: Connection = Connection(),
+    listener: Listener = ignore,
+) -> Verification:
+    """Check an archive against its checksums and statistics, and with a source every voxel."""
+    volume = None if source is None else open_volume(source, connection.array, connection.endpoint_url)
+    return verify_archive(
+        archive,
+        source=volume,
+        endpoint_url=connection.endpoint_url,
+        serial=serial,
+        workers=workers,
+        listener=listener,
+    )
+
+
+def decompress(
+    archive: str,
+    destination: str,
+    *,
+    serial: bool = False,
+    workers: int = 1,
+    connection: Connection = Connection(),
+    listener: Listener = ignore,
+) -> Decompressed:
+    """Write an archive out as a plain zarr volume."""
+    return decompress_archive(
+        archive,
+        destination,
+        endpoint_url=connection.endpoint_url,
+        serial=serial,
+        workers=workers,
+        listener=listener,
+    )
+
+
+def info(archive: str, *, connection: Connection = Connection()) -> dict[str, Any]:
+    """What an archive holds and how well, from its metadata, one listing, and its statistics."""
+    opened = open_archive(archive, connection.endpoint_url)
+    settings = opened.settings
+    stored, weights = archive_bytes(opened)
+    error = ErrorSum()
+    kinds: dict[str, int] = {}
+    shards = 0
+    for statistics in opened.all_statistics():
+        shards += 1
+        error += statistics.error
+        for chunk in statistics.chunks:
+            kinds[chunk.kind] = kinds.get(chunk.kind, 0) + 1
+    return settings.model_dump(mode="json") | {
+        "archive": archive,
+        "shards_planned": int(np.prod(settings.grid.shards)),
+        "shards_present": shards,
+        "chunks": kinds,
+        "bytes_in": settings.bytes_in,
+        "bytes_out": stored,
+        "bytes_weights": weights,
+        "measured_ratio": settings.bytes_in / stored,
+        "psnr": error.psnr(settings.data_range) if error.voxels else None,
+        "max_error": error.maximum,
+    }
+
+
+def load_weights(place: str, endpoint_url: str | None = None) -> Weights:
+    """Weights from a path or an s3:// URL.
+
+    Raises
+    ------
+    WeightsError
+        If there are none, or they are damaged.
+    """
+    folder, name = _object(place, endpoint_url)
+    data = folder.get(name)
+    if data is None:
+        raise WeightsError(f"there are no weights at {place}; `ucray train` makes them")
+    return Weights.from_bytes(data)
+
+
+def _trained(
+    decided: CompressPlan,
+    objects: Objects,
+    training: TrainingConfig,
+    start: Weights | None,
+    run_options: RunOptions,
+    listener: Listener,
+) -> Weights:
+    """Weights kept in the archive, trained first if they are not there yet."""
+    asked = {"settings": training.model_dump(mode="json"), "start": None if start is None else start.digest}
+    data = objects.get(WEIGHTS_KEY)
+    if data is None:
+        if objects.get(GROUP_KEY) is None:
+            check_empty(objects)
+        else:
+            _refuse_other_weights(find_archive(objects), objects.url)
+        with ray_session():
+            trained = train_on_ray(
+                decided.volume,
+                training,
+                start=start,
+                chunk=decided.grid.chunk,
+                region=decided.region,
+                workers=run_options.encode_workers,
+                use_gpu=run_options.device == "cuda",
+                listener=listener,
+            )
+        objects.put_new(WEIGHTS_KEY, trained.to_bytes())
+        data = objects.get(WEIGHTS_KEY)
+        if data is None:
+            raise WeightsError(f"{objects.url} does not give back the weights written to it")
+    kept = Weights.from_bytes(data)
+    if {name: kept.training.get(name) for name in asked} != asked:
+        raise DestinationError(
+            f"{objects.url} holds weights trained with other settings ({dict(kept.training)}); "
+            "give another destination or the same settings"
+        )
+    return kept
+
+
+def _refuse_other_weights(archive: Archive | None, url: str) -> None:
+    if archive is not None:
+        raise DestinationError(
+            f"{url} holds an archive made with weights {archive.settings.weights_digest[:12]} "
+            "that are not kept in it; give them with --weights"
+        )
+
+
+def _object(place: str, endpoint_url: str | None) -> tuple[Objects, str]:
+    """The folder of an object and its name there."""
+    folder, _, name = place.rstrip("/").rpartition("/")
+    if not name or (place.startswith("s3://") and folder in ("s3:/", "s3:")):
+        raise SettingsError(f"{place} names no object")
+    return open_objects(folder or ("/" if place.startswith("/") else str(Path.cwd())), endpoint_url), name
+
+
+def options_from(**values: Any) -> CompressOptions:
+    """Options of a compress job from loose values; raises SettingsError that names the wrong one."""
+    return _checked(CompressOptions, values)
+
+
+def run_options_from(**values: Any) -> RunOptions:
+    """How a job runs, from loose values; raises SettingsError that names the wrong one."""
+    return _checked(RunOptions, values)
+
+
+def training_from(**values: Any) -> TrainingConfig:
+    """Training settings from loose values; raises SettingsError that names the wrong one."""
+    return _checked(TrainingConfig, values)
+
+
+def training_for(steps: int) -> TrainingConfig:
+    """Training whose teacher takes `steps` steps and whose student takes two for five of them."""
+    return TrainingConfig(teacher_steps=steps, student_steps=max(1, steps * 2 // 5))
+
+
+def _checked(model: type[Checked], values: dict[str, Any]) -> Checked:
+    try:
+        return model(**{name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise SettingsError(f"--{name} {first['input']}: {first['msg'].lower()}") from None

@@ -1,0 +1,215 @@
+"""What a job will do, before it does anything: grid, memory, fingerprint. No I/O, no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from ucray.config import CodecConfig, Settings, TrainingConfig, config_for_voxels, default_chunk
+from ucray.errors import SettingsError
+from ucray.grid import Box, Grid, Shape3, format_shape, parse_box, round_up, triple
+from ucray.storage.volume import Volume
+
+FINGERPRINT_VERSION = 1
+
+NETWORK_MEMORY = 1536 * 2**20
+"""Bytes an encode worker holds whatever the shard: interpreter, torch, networks, one chunk's features."""
+
+COPIES = 3
+"""Copies of a shard's voxels that live at once in an encode worker: block, array, drafts."""
+
+SHARD_CHUNKS = 8
+"""Chunks on each axis of a default shard."""
+
+
+class CompressOptions(Settings):
+    """What the user asks of a compress job; None leaves the choice to the plan."""
+
+    ratio: Annotated[float, Field(ge=1.0, le=1e6)] = 64.0
+    chunk: Shape3 | None = None
+    shard: Shape3 | None = None
+    roi: str | None = None
+    memory: Annotated[int, Field(ge=1)] = 6 * 2**30
+
+
+@dataclass(frozen=True)
+class CompressPlan:
+    """A compress job, decided.
+
+    Parameters
+    ----------
+    volume, region
+        The source and the box of it that is compressed.
+    grid
+        Chunks and shards of the region.
+    ratio
+        Wanted ratio of source bytes to all bytes of the archive but its weights.
+    peak_memory
+        Projected bytes of an encode worker.
+    fingerprint
+        SHA-256 of what makes two jobs write the same archive, but for the weights.
+    """
+
+    volume: Volume
+    region: Box
+    grid: Grid
+    ratio: float
+    peak_memory: int
+    fingerprint: str
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of the region's voxels."""
+        return self.region.voxels * np.dtype(self.volume.dtype).itemsize
+
+    @property
+    def shard_count(self) -> int:
+        return math.prod(self.grid.shards)
+
+    @property
+    def chunk_count(self) -> int:
+        chunks = (-(-n // c) for n, c in zip(self.grid.shape, self.grid.chunk, strict=True))
+        return math.prod(chunks)
+
+    def source_box(self, box: Box) -> Box:
+        """A box of the region in the source's coordinates."""
+        return box.shifted(self.region.start)
+
+    def with_weights(self, digest: str, training: TrainingConfig | None) -> str:
+        """The job's fingerprint once it is known which weights code it, and how they were asked for."""
+        asked = None if training is None else training.model_dump(mode="json")
+        return _sha256({"plan": self.fingerprint, "weights": digest, "training": asked})
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as plain values, for people and scripts."""
+        return {
+            "source": self.volume.url,
+            "array": self.volume.path,
+            "dtype": self.volume.dtype,
+            "region": str(self.region),
+            "shape": list(self.grid.shape),
+            "chunk": list(self.grid.chunk),
+            "shard": list(self.grid.shard),
+            "chunks": self.chunk_count,
+            "shards": self.shard_count,
+            "bytes_in": self.bytes_in,
+            "ratio": self.ratio,
+            "projected_bytes_out": round(self.bytes_in / self.ratio),
+            "peak_memory_per_worker": self.peak_memory,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def plan_compress(volume: Volume, config: CodecConfig, options: CompressOptions) -> CompressPlan:
+    """Decide a compress job from metadata alone.
+
+    Raises
+    ------
+    SettingsError
+        If the region is empty, chunk or shard do not fit the networks or each other, or a worker
+        would need more than `options.memory`.
+    """
+    region = Box((0, 0, 0), volume.shape) if options.roi is None else parse_box(options.roi, volume.shape)
+    chunk = options.chunk or default_chunk(config)
+    if any(c % s for c, s in zip(chunk, config.stride, strict=True)):
+        raise SettingsError(
+            f"chunk shape {format_shape(chunk)} must be a multiple of {format_shape(config.stride)} "
+            "for this volume and these weights"
+        )
+    shard = options.shard or default_shard(region.shape, chunk)
+    grid = Grid(region.shape, chunk, shard)
+    itemsize = np.dtype(volume.dtype).itemsize
+    peak = NETWORK_MEMORY + COPIES * math.prod(shard) * itemsize
+    if peak > options.memory:
+        room = (options.memory - NETWORK_MEMORY) // (COPIES * itemsize * math.prod(chunk))
+        side = int(max(room, 0) ** (1 / 3) + 1e-9)
+        fitting = format_shape(triple(side * c for c in chunk)) if side else "none"
+        raise SettingsError(
+            f"a shard of {format_shape(shard)} needs {peak / 2**30:.1f} GiB a worker, over the budget of "
+            f"{options.memory / 2**30:.1f} GiB; the largest that fits is {fitting}"
+        )
+    fingerprint = _sha256(
+        {
+            "version": FINGERPRINT_VERSION,
+            "source": volume.identity,
+            "region": str(region),
+            "chunk": chunk,
+            "shard": shard,
+            "ratio": options.ratio,
+        }
+    )
+    return CompressPlan(volume, region, grid, options.ratio, peak, fingerprint)
+
+
+def default_shard(shape: Shape3, chunk: Shape3) -> Shape3:
+    """SHARD_CHUNKS chunks on each axis, less where the volume is smaller."""
+    covering = round_up(shape, chunk)
+    return triple(min(SHARD_CHUNKS * c, n) for c, n in zip(chunk, covering, strict=True))
+
+
+def config_for(volume: Volume) -> CodecConfig:
+    """The configuration that new weights for a volume get: levels follow its voxel size."""
+    return config_for_voxels(volume.space.scale)
+
+
+def sample_boxes(boxes: Sequence[Box], count: int) -> list[Box]:
+    """At most `count` of `boxes`, spread evenly over their order with a fixed random phase each."""
+    if len(boxes) <= count:
+        return list(boxes)
+    edges = np.linspace(0, len(boxes), count + 1).astype(int)
+    random = np.random.default_rng(0)
+    return [boxes[int(random.integers(a, b))] for a, b in itertools.pairwise(edges)]
+
+
+def chunk_boxes(grid: Grid) -> list[Box]:
+    """Boxes of all chunks of the grid, shard by shard."""
+    return [box for index in grid.shard_indices() for _, _, box in grid.chunk_boxes(index)]
+
+
+def sample_chunk_boxes(grid: Grid, count: int) -> list[Box]:
+    """At most `count` chunk boxes spread over a grid, without listing all of a large one."""
+    indices = list(grid.shard_indices())
+    if len(indices) <= count:
+        return sample_boxes(chunk_boxes(grid), count)
+    edges = np.linspace(0, len(indices), count + 1).astype(int)
+    random = np.random.default_rng(0)
+    chosen = []
+    for a, b in itertools.pairwise(edges):
+        boxes = [box for _, _, box in grid.chunk_boxes(indices[int(random.integers(a, b))])]
+        chosen.append(boxes[int(random.integers(len(boxes)))])
+    return chosen
+
+
+def training_boxes(shape: Shape3, chunk: Shape3, count: int, seed: int) -> list[Box]:
+    """Boxes of tiles to train on: half a chunk larger than a chunk where the volume allows.
+
+    Their corners follow a scrambled regular lattice over the whole volume, so that every region is
+    sampled and a seed always gives the same boxes.
+    """
+    if any(n < c for n, c in zip(shape, chunk, strict=True)):
+        raise SettingsError(
+            f"a volume of shape {format_shape(shape)} is smaller than a chunk of {format_shape(chunk)}; "
+            "give a smaller --chunk"
+        )
+    tile = triple(min(n, c + c // 2) for n, c in zip(shape, chunk, strict=True))
+    random = np.random.default_rng(seed)
+    room = np.array([n - t for n, t in zip(shape, tile, strict=True)])
+    # Additive recurrence on the plastic number: low-discrepancy points in three dimensions.
+    plastic = 1.2207440846057596
+    steps = np.array([plastic**-1, plastic**-2, plastic**-3])
+    places = (random.random(3) + np.arange(1, count + 1)[:, None] * steps) % 1.0
+    starts = np.floor(places * (room + 1)).astype(int)
+    corners = sorted({triple(int(v) for v in start) for start in starts})
+    return [Box(c, triple(a + b for a, b in zip(c, tile, strict=True))) for c in corners]
+
+
+def _sha256(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

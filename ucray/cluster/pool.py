@@ -1,0 +1,76 @@
+"""Do something with every shard of an archive: an actor pool on Ray, or one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import ray
+import ray.data
+
+from ucray.cluster.ingest import one_row, one_row_batch
+from ucray.cluster.session import ray_session, resources
+from ucray.errors import JobError
+from ucray.grid import Shape3, triple
+
+Found = TypeVar("Found")
+FoundOut = TypeVar("FoundOut", covariant=True)
+
+
+class ShardWorker(Protocol[FoundOut]):
+    """Does one shard at a time; built once in every worker."""
+
+    def shard(self, index: Shape3) -> FoundOut:
+        """Do the shard and say what was found; errors that end the job are raised."""
+
+
+def over_shards(
+    build: Callable[[int | None], ShardWorker[Found]],
+    indices: Sequence[Shape3],
+    *,
+    serial: bool,
+    workers: int,
+) -> Iterator[Found]:
+    """What workers find in the shards `indices`, in no order.
+
+    `build` makes a worker from the number of threads it may compute with (None: all); on Ray it
+    runs in each actor.
+    """
+    if serial or not indices:
+        worker = build(None)
+        for index in indices:
+            yield worker.shard(index)
+        return
+    with ray_session():
+        share = resources(workers, use_gpu=False)
+        keys = [{"key": ".".join(map(str, index))} for index in indices]
+        rows = ray.data.from_items(keys, override_num_blocks=len(keys)).map_batches(
+            _Rows,
+            fn_constructor_args=(build, share.threads),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
+            num_cpus=share.per_worker["CPU"],
+        )
+        try:
+            for row in rows.iter_rows():
+                yield row["found"].value
+        except ray.exceptions.RayError as error:
+            raise JobError(f"the Ray job failed: {' '.join(str(error).split())[:300]}") from error
+
+
+class _Found(Generic[Found]):
+    """One result as one value, so that Ray Data does not look into it."""
+
+    def __init__(self, value: Found) -> None:
+        self.value = value
+
+
+class _Rows:
+    def __init__(self, build: Callable[[int | None], ShardWorker[Any]], threads: int) -> None:
+        self._worker = build(threads)
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        key = str(one_row(batch)["key"])
+        index = triple(int(part) for part in key.split("."))
+        return one_row_batch({"key": key, "found": _Found(self._worker.shard(index))})

@@ -1,0 +1,70 @@
+"""Ray itself: start or join it, and share its cores out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+
+from ucray.errors import JobError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one worker of a group asks of Ray, and the threads it computes with."""
+
+    per_worker: dict[str, float]
+    threads: int
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Join the Ray of this process or of RAY_ADDRESS, or start a local one for the block.
+
+    A Ray that the block started ends with it; one that was there stays.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's own notices and bars would bury the job's progress, which is what people look at.
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise JobError(f"Ray cannot be reached or started: {' '.join(str(error).split())[:300]}") from None
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
+
+
+def resources(workers: int, *, use_gpu: bool, reserve: float = 1.0) -> Resources:
+    """Share the cores of the nodes among `workers` workers of one group.
+
+    `reserve` cores stay free for reading and writing. A worker asks for as many cores as its share,
+    half a core at least, and computes with as many threads as its node has cores for it: reading
+    leaves most of its reserve idle.
+    """
+    nodes = [node["Resources"].get("CPU", 0.0) for node in _nodes() if node["Alive"]]
+    usable = [cpus for cpus in nodes if cpus >= 1] or [1.0]
+    on_a_node = math.ceil(workers / len(usable))
+    share = max(0.5, math.floor((min(usable) - reserve) / on_a_node))
+    per_worker: dict[str, float] = {"CPU": share}
+    if use_gpu:
+        per_worker["GPU"] = 1.0
+    return Resources(per_worker, max(1, int(min(usable) // on_a_node)))

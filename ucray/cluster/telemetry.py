@@ -1,0 +1,104 @@
+"""What a running job tells: Prometheus metrics over HTTP, and events for progress bars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from ucray.errors import SettingsError
+from ucray.storage.shard import ShardStatistics
+
+
+@dataclass(frozen=True)
+class Event:
+    """Progress of one stage of a job.
+
+    `done` of `total` are in the stage's own unit (bytes or steps); `note` is for people.
+    """
+
+    stage: str
+    done: float
+    total: float
+    note: str = ""
+
+
+Listener = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """A listener that shows nothing."""
+
+
+class Telemetry:
+    """Metrics of one job, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self._bytes_in = Counter("ucray_bytes_in", "Bytes of source voxels stored", registry=registry)
+        self._bytes_out = Counter("ucray_bytes_out", "Bytes of shards written", registry=registry)
+        self._chunks = Counter("ucray_chunks", "Chunks coded, by kind", ["kind"], registry=registry)
+        self._shards = Counter("ucray_shards", "Shards, by outcome", ["outcome"], registry=registry)
+        self._planned = Gauge("ucray_shards_planned", "Shards of the archive", registry=registry)
+        self._stage = Histogram(
+            "ucray_stage_seconds",
+            "Seconds a shard spent in a stage",
+            ["stage"],
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
+            registry=registry,
+        )
+        self._psnr = Histogram(
+            "ucray_shard_psnr_db", "PSNR of shards", buckets=tuple(range(20, 62, 2)), registry=registry
+        )
+        self._ratio = Histogram(
+            "ucray_shard_ratio",
+            "Source bytes over stored bytes of shards",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
+            registry=registry,
+        )
+
+    def planned(self, shards: int, present: int) -> None:
+        """The job's size, and how many shards an earlier run had committed."""
+        self._planned.set(shards)
+        self._shards.labels("resumed").inc(present)
+
+    def committed(
+        self, statistics: ShardStatistics, data_range: float, seconds: Mapping[str, float], *, first: bool
+    ) -> None:
+        """One shard is safe; `first` is False where another writer had been faster."""
+        self._shards.labels("committed" if first else "raced").inc()
+        self._bytes_in.inc(statistics.bytes_in)
+        self._bytes_out.inc(statistics.bytes_out)
+        for chunk in statistics.chunks:
+            self._chunks.labels(chunk.kind).inc()
+        for stage, took in seconds.items():
+            self._stage.labels(stage).observe(took)
+        psnr = statistics.error.psnr(data_range)
+        if math.isfinite(psnr):
+            self._psnr.observe(psnr)
+        self._ratio.observe(statistics.bytes_in / statistics.bytes_out)
+
+    def failed(self) -> None:
+        """One shard could not be read, coded or written."""
+        self._shards.labels("failed").inc()
+
+    @contextmanager
+    def served(self, port: int | None) -> Iterator[None]:
+        """Serve the metrics on http://0.0.0.0:port/metrics while the block runs; None serves nothing."""
+        if port is None:
+            yield
+            return
+        try:
+            server, thread = start_http_server(port, registry=self.registry)
+        except OSError as error:
+            raise SettingsError(f"metrics cannot be served on port {port}: {error.strerror}") from None
+        try:
+            yield
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()

@@ -1,0 +1,288 @@
+"""Training on Ray: tiles through Ray Data, the two stages through Ray Train.
+
+Any number of workers, CPU (gloo) or GPU (nccl). Each holds its share of the tiles and draws crops
+from them; rank 0 writes checkpoints, from which a killed group goes on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow.fs
+import ray
+import ray.data
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from ucray.cluster.allocator import keep_freed_memory
+from ucray.cluster.ingest import BoxSource, one_row, voxels_of
+from ucray.cluster.plan import config_for, sample_boxes, training_boxes
+from ucray.cluster.session import Resources, resources
+from ucray.cluster.telemetry import Event, Listener
+from ucray.codec.chunk import normalisation
+from ucray.codec.weights import Weights
+from ucray.config import CodecConfig, TrainingConfig, default_chunk
+from ucray.errors import JobError, SettingsError, UcrayError
+from ucray.grid import Box, Shape3
+from ucray.storage.volume import Volume
+from ucray.training.distill import START_TILES, Trainer
+from ucray.training.tiles import TileSampler, prepare_tiles
+
+TILES = 192
+"""Tiles sampled over the volume."""
+
+CALIBRATION_BATCHES = 32
+CHECKPOINT_STEPS = 200
+STATE_FILE = "trainer.safetensors"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A training run, decided: what every worker needs to know. All of it can be pickled by Ray."""
+
+    config: CodecConfig
+    settings: TrainingConfig
+    chunk: Shape3
+    dtype: str
+    fill_value: float
+    offset: float
+    scale: float
+    start: Weights | None
+    record: dict[str, Any]
+    threads: int
+
+
+def train(
+    volume: Volume,
+    settings: TrainingConfig,
+    *,
+    start: Weights | None = None,
+    chunk: Shape3 | None = None,
+    region: Box | None = None,
+    tiles: int = TILES,
+    workers: int = 1,
+    use_gpu: bool = False,
+    storage: str | None = None,
+    listener: Listener,
+) -> Weights:
+    """Train teacher and student on samples of a volume; needs an initialised Ray.
+
+    Parameters
+    ----------
+    start
+        Weights of another domain to start from; with `settings.teacher_steps` of zero their teacher
+        teaches a student on this volume.
+    chunk
+        Voxels of a training crop; the volume's default chunk if None.
+    region
+        The part of the volume to sample; all of it if None.
+    storage
+        Where checkpoints go (path or s3:// URL, the volume's endpoint); a temporary folder if None.
+
+    Raises
+    ------
+    SettingsError
+        If the volume is smaller than a chunk, or `start` does not fit it.
+    JobError
+        If the workers failed more often than they are restarted.
+    """
+    config = start.config if start is not None else config_for(volume)
+    chunk = chunk or default_chunk(config)
+    region = region or Box((0, 0, 0), volume.shape)
+    if any(c % s for c, s in zip(chunk, config.stride, strict=True)):
+        raise SettingsError(f"chunk shape {chunk} must be a multiple of {config.stride} for this volume")
+    chunk = fitting_chunk(chunk, region.shape, config)
+    boxes = [box.shifted(region.start) for box in training_boxes(region.shape, chunk, tiles, settings.seed)]
+    offset, scale = normalisation([volume.read(box) for box in sample_boxes(boxes, 24)], volume.fill_value)
+    given = resources(workers, use_gpu=use_gpu)
+    record = {
+        "source": volume.url,
+        "region": str(region),
+        "settings": settings.model_dump(mode="json"),
+        "workers": workers,
+        "start": None if start is None else start.digest,
+    }
+    job = TrainingJob(
+        config, settings, chunk, volume.dtype, volume.fill_value, offset, scale, start, record, given.threads
+    )
+    return _fit(job, volume, boxes, workers, given, use_gpu, storage, listener)
+
+
+def fitting_chunk(chunk: Shape3, shape: Shape3, config: CodecConfig) -> Shape3:
+    """The chunk, cut down to whole strides where the volume is smaller than it."""
+    z, y, x = (min(c, max(n // s * s, s)) for c, n, s in zip(chunk, shape, config.stride, strict=True))
+    return z, y, x
+
+
+def _fit(
+    job: TrainingJob,
+    volume: Volume,
+    boxes: Sequence[Box],
+    workers: int,
+    given: Resources,
+    use_gpu: bool,
+    storage: str | None,
+    listener: Listener,
+) -> Weights:
+    dataset = ray.data.read_datasource(BoxSource(volume, [(str(box), box) for box in boxes]), num_cpus=0.25)
+    with tempfile.TemporaryDirectory(prefix="ucray-train-") as scratch, _followed(job, listener) as board:
+        path, filesystem = _place(storage or scratch, volume.endpoint_url)
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"job": job, "board": board},
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu=use_gpu, resources_per_worker=given.per_worker
+            ),
+            run_config=RunConfig(
+                name=f"ucray-{job.settings.seed}",
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=2),
+            ),
+            datasets={"tiles": dataset},
+        )
+        try:
+            result = trainer.fit()
+        except Exception as error:
+            cause = _first_cause(error)
+            if isinstance(cause, UcrayError):
+                raise cause from None
+            raise JobError(f"training failed: {' '.join(str(cause).split())[:300]}") from error
+        if result.checkpoint is None:
+            raise JobError("training ended without a checkpoint")
+        with result.checkpoint.as_directory() as folder:
+            return Weights.from_bytes((Path(folder) / WEIGHTS_FILE).read_bytes())
+
+
+def _work(loop: dict[str, Any]) -> None:
+    """The loop of one training worker."""
+    job: TrainingJob = loop["job"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    keep_freed_memory()
+    torch.set_num_threads(job.threads)
+    rows = (one_row(batch) for batch in ray.train.get_dataset_shard("tiles").iter_batches(batch_size=1))
+    tiles = prepare_tiles(_readable(rows, job.dtype), job.fill_value, job.offset, job.scale)
+    device = ray.train.torch.get_device()
+    trainer = Trainer(
+        job.config,
+        job.settings,
+        start=job.start,
+        device=str(device),
+        wrap=lambda module: ray.train.torch.prepare_model(module, move_to_device=False),
+        rank=rank,
+    )
+    # All workers start the linear parts from the same crops, whatever tiles they hold: rank 0's.
+    sampler = TileSampler(tiles, job.chunk, job.config, job.settings.seed * 4096 + rank)
+    trainer.start(_from_first(sampler.draw(START_TILES)))
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as folder:
+            trainer.from_bytes((Path(folder) / STATE_FILE).read_bytes())
+        sampler = TileSampler(
+            tiles, job.chunk, job.config, hash((job.settings.seed, rank, trainer.step_number))
+        )
+    figures: dict[str, float] = {}
+    while trainer.step_number < trainer.total_steps:
+        figures = trainer.step(sampler.draw(job.settings.batch))
+        if rank == 0:
+            loop["board"].show.remote(trainer.step_number, figures)
+        if trainer.step_number % CHECKPOINT_STEPS == 0 and trainer.step_number < trainer.total_steps:
+            _report({STATE_FILE: trainer.to_bytes()} if rank == 0 else {}, figures)
+    files = {}
+    if rank == 0:
+        batches = [sampler.draw(job.settings.batch) for _ in range(CALIBRATION_BATCHES)]
+        files[WEIGHTS_FILE] = trainer.finish(batches, job.record).to_bytes()
+    _report(files, figures)
+
+
+def _readable(rows: Iterator[dict[str, Any]], dtype: str) -> Iterator[np.ndarray[Any, Any]]:
+    for row in rows:
+        if not row["error"]:
+            yield voxels_of(row, dtype)
+
+
+def _from_first(tensor: torch.Tensor) -> torch.Tensor:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        device = ray.train.torch.get_device()
+        shared = tensor.to(device)
+        torch.distributed.broadcast(shared, 0)
+        return shared.cpu()
+    return tensor
+
+
+def _report(files: dict[str, bytes], figures: dict[str, float]) -> None:
+    if not files:
+        ray.train.report(figures)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        ray.train.report(figures, checkpoint=Checkpoint.from_directory(folder))
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where rank 0 shows its progress to the driver."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[int, dict[str, float]] = (0, {})
+
+    def show(self, step: int, figures: dict[str, float]) -> None:
+        self._latest = (step, figures)
+
+    def look(self) -> tuple[int, dict[str, float]]:
+        return self._latest
+
+
+@contextmanager
+def _followed(job: TrainingJob, listener: Listener) -> Iterator[Any]:
+    """A board, and a thread that tells the listener what appears on it."""
+    board = _Board.remote()  # type: ignore[attr-defined]
+    ended = threading.Event()
+    total = job.settings.teacher_steps + job.settings.student_steps
+
+    def follow() -> None:
+        while not ended.wait(0.5):
+            step, figures = ray.get(board.look.remote())
+            note = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            stage = "teacher" if step < job.settings.teacher_steps else "student"
+            listener(Event("train", step, total, f"{stage} {note}"))
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        ended.set()
+        thread.join()
+        ray.kill(board)
+
+
+def _place(storage: str, endpoint_url: str | None) -> tuple[str, pyarrow.fs.FileSystem | None]:
+    parts = urlsplit(storage)
+    if parts.scheme != "s3" or endpoint_url is None:
+        return storage if parts.scheme else str(Path(storage).absolute()), None
+    endpoint = urlsplit(endpoint_url)
+    filesystem = pyarrow.fs.S3FileSystem(endpoint_override=endpoint.netloc, scheme=endpoint.scheme)
+    return parts.netloc + parts.path, filesystem
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error a worker raised, inside what Ray wraps around it."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        return _first_cause(failure)
+    if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        return _first_cause(error.cause)
+    return error

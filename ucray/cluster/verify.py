@@ -1,0 +1,215 @@
+"""Prove that an archive is whole: grid = objects = index = checksums; and measure it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import google_crc32c
+import numpy as np
+import torch
+
+from ucray.cluster.pool import over_shards
+from ucray.cluster.telemetry import Event, Listener
+from ucray.codec.bitstream import read_chunk
+from ucray.codec.chunk import ChunkDecoder
+from ucray.errors import ArchiveError, SourceError, UcrayError
+from ucray.grid import Box, Shape3, parse_box
+from ucray.quality import ErrorSum
+from ucray.storage.archive import ARRAY_KEY, Archive, open_archive, stray_objects
+from ucray.storage.shard import ShardStatistics, shard_key, split
+from ucray.storage.volume import Volume
+
+
+@dataclass(frozen=True)
+class ShardFindings:
+    """What verification found in one shard; `problems` are in words, one line each."""
+
+    index: Shape3
+    chunks: int
+    problems: tuple[str, ...]
+    statistics: ShardStatistics | None
+    measured: ErrorSum | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The findings over an archive; it is clean if there are no problems.
+
+    `stored_psnr` follows from the statistics of encoding, `measured_psnr` from decoding the stored
+    bytes and comparing them with the source (None without a source).
+    """
+
+    archive: str
+    shards: int
+    chunks: int
+    bytes_checked: int
+    stored_psnr: float | None
+    measured_psnr: float | None
+    measured_max_error: float | None
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def clean(self) -> bool:
+        return not self.problems
+
+
+def verify_archive(
+    url: str,
+    *,
+    source: Volume | None = None,
+    endpoint_url: str | None = None,
+    serial: bool = False,
+    workers: int = 1,
+    listener: Listener,
+) -> Verification:
+    """Check every object of an archive, and with a source every voxel.
+
+    Raises
+    ------
+    ArchiveError
+        If there is no archive, or its metadata do not parse.
+    SourceError
+        If the source is another volume than the archive's, by shape or dtype.
+    """
+    archive = open_archive(url, endpoint_url)
+    settings = archive.settings
+    _ = archive.codec
+    region = _region(archive, source) if source is not None else None
+    sizes = archive.sizes()
+    problems = [f"{key} belongs to no part of the archive" for key in stray_objects(sizes, settings)]
+    if ARRAY_KEY not in sizes:
+        problems.append(f"{ARRAY_KEY} is missing")
+    indices = list(settings.grid.shard_indices())
+    present = [index for index in indices if shard_key(index) in sizes]
+    problems += [f"shard {shard_key(i)} is missing" for i in indices if shard_key(i) not in sizes]
+    chunks = checked = 0
+    stored, measured = ErrorSum(), ErrorSum()
+    build = partial(_Checker, url, endpoint_url, source, region)
+    total = sum(sizes[shard_key(index)] for index in present)
+    for findings in over_shards(build, present, serial=serial, workers=workers):
+        problems += [f"shard {shard_key(findings.index)}: {problem}" for problem in findings.problems]
+        chunks += findings.chunks
+        checked += sizes[shard_key(findings.index)]
+        if findings.statistics is not None:
+            stored += findings.statistics.error
+        if findings.measured is not None:
+            measured += findings.measured
+        listener(Event("verify", checked, total, f"{len(problems)} problems"))
+    return Verification(
+        archive=archive.objects.url,
+        shards=len(present),
+        chunks=chunks,
+        bytes_checked=checked,
+        stored_psnr=stored.psnr(settings.data_range) if stored.voxels else None,
+        measured_psnr=measured.psnr(settings.data_range) if measured.voxels else None,
+        measured_max_error=measured.maximum if measured.voxels else None,
+        problems=tuple(sorted(problems)),
+    )
+
+
+def _region(archive: Archive, source: Volume) -> Box:
+    settings = archive.settings
+    if source.dtype != settings.dtype:
+        raise SourceError(f"{source.url} holds {source.dtype}, the archive {settings.dtype}")
+    try:
+        region = parse_box(settings.region, source.shape)
+    except UcrayError:
+        raise SourceError(
+            f"{source.url} of shape {source.shape} does not hold region {settings.region}"
+        ) from None
+    return region
+
+
+class _Checker:
+    """Checks shards of one archive."""
+
+    def __init__(
+        self,
+        url: str,
+        endpoint_url: str | None,
+        source: Volume | None,
+        region: Box | None,
+        threads: int | None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._archive = open_archive(url, endpoint_url)
+        self._grid = self._archive.settings.grid
+        codec = self._archive.codec
+        self._digest = bytes.fromhex(codec.weights.stream_digest)[:4]
+        self._source = source
+        self._region = region
+        self._decoder = None
+        if source is not None:
+            self._decoder = ChunkDecoder(codec.weights, self._archive.settings.chunk_format)
+
+    def shard(self, index: Shape3) -> ShardFindings:
+        """Check one shard; what is wrong is found, not raised."""
+        problems: list[str] = []
+        statistics, measured = None, None
+        chunks: dict[int, bytes] = {}
+        try:
+            data = self._archive.shard(index)
+            chunks = split(data, self._grid)
+            statistics = self._archive.statistics(index, google_crc32c.value(data))
+            problems += self._check_chunks(index, chunks, statistics)
+            if self._source is not None and not problems:
+                measured = self._measure(index, chunks)
+                problems += _differences(statistics.error, measured)
+        except (ArchiveError, SourceError) as error:
+            problems.append(str(error))
+        return ShardFindings(index, len(chunks), tuple(problems), statistics, measured)
+
+    def _check_chunks(
+        self, index: Shape3, chunks: dict[int, bytes], statistics: ShardStatistics
+    ) -> list[str]:
+        problems = []
+        figures = {chunk.slot: chunk for chunk in statistics.chunks}
+        places = {slot: origin for slot, origin, _ in self._grid.chunk_boxes(index)}
+        for slot in sorted(set(chunks) - set(places)):
+            problems.append(f"slot {slot} lies outside the volume and holds {len(chunks[slot])} bytes")
+        for slot, origin in places.items():
+            data = chunks.get(slot, b"")
+            if slot not in figures or figures[slot].bytes != len(data):
+                problems.append(f"chunk {origin} has {len(data)} bytes, not as its statistics say")
+            if not data:
+                continue
+            try:
+                chunk = read_chunk(data)
+            except ArchiveError as error:
+                problems.append(f"chunk {origin}: {error}")
+                continue
+            if chunk.origin != origin:
+                problems.append(f"chunk {origin} holds the chunk of {chunk.origin}")
+            if chunk.stream_digest != self._digest:
+                problems.append(f"chunk {origin} was coded with other weights")
+        return problems
+
+    def _measure(self, index: Shape3, chunks: dict[int, bytes]) -> ErrorSum:
+        assert self._source is not None
+        assert self._region is not None
+        assert self._decoder is not None
+        settings = self._archive.settings
+        shard_box = self._grid.shard_box(index)
+        original = self._source.read(shard_box.shifted(self._region.start))
+        total = ErrorSum()
+        for slot, origin, box in self._grid.chunk_boxes(index):
+            corner = shard_box.start
+            within = original[box.shifted((-corner[0], -corner[1], -corner[2])).slices]
+            if slot in chunks:
+                decoded = self._decoder.decode(chunks[slot], origin)[Box((0, 0, 0), box.shape).slices]
+            else:
+                decoded = np.full(box.shape, settings.chunk_format.fill_value).astype(settings.dtype)
+            total += ErrorSum.between(within, decoded)
+        return total
+
+
+def _differences(stored: ErrorSum, measured: ErrorSum) -> list[str]:
+    # Decoding on another machine may round a voxel differently here and there; a changed source or
+    # a wrong decoder moves the mean squared error by far more than one in a hundred.
+    if abs(stored.mse - measured.mse) > 0.01 * stored.mse + 1e-6:
+        return [
+            f"its mean squared error against the source is {measured.mse:.4g}, not {stored.mse:.4g} as stored"
+        ]
+    return []

@@ -1,0 +1,79 @@
+"""The two halves of coding a shard, as the actors of a compress job hold them. No Ray in here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ucray.cluster.allocator import keep_freed_memory
+from ucray.codec.chunk import ChunkEncoder, Draft, device_for, pack
+from ucray.codec.weights import Weights
+from ucray.grid import Shape3
+from ucray.storage.archive import ArchiveSettings
+from ucray.storage.objects import open_objects
+from ucray.storage.shard import ShardStatistics, assemble, commit
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What an encoder needs: the archive's settings, full weights, where to compute."""
+
+    settings: ArchiveSettings
+    weights: bytes
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class WriteJob:
+    """What a writer needs: the archive's place and settings, the decoder's weights."""
+
+    url: str
+    endpoint_url: str | None
+    settings: ArchiveSettings
+    decoder: bytes
+
+
+class ShardEncoder:
+    """First half: voxels of a shard to drafts, through the networks."""
+
+    def __init__(self, job: EncodeJob) -> None:
+        keep_freed_memory()
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        self._settings = job.settings
+        self._encoder = ChunkEncoder(
+            Weights.from_bytes(job.weights), job.settings.chunk_format, device=device_for(job.device)
+        )
+
+    def drafts(self, index: Shape3, voxels: npt.NDArray[np.generic]) -> list[Draft | None]:
+        """Drafts of all chunks of shard `index` in grid order, from its voxels inside the volume."""
+        grid = self._settings.grid
+        corner = grid.shard_box(index).start
+        found = []
+        for _, origin, box in grid.chunk_boxes(index):
+            within = box.shifted((-corner[0], -corner[1], -corner[2]))
+            found.append(self._encoder.draft(voxels[within.slices], self._settings.quality, origin))
+        return found
+
+
+class ShardWriter:
+    """Second half: drafts to entropy-coded chunks, one object, and its commit."""
+
+    def __init__(self, job: WriteJob) -> None:
+        weights = Weights.from_bytes(job.decoder)
+        self._settings = job.settings
+        self._objects = open_objects(job.url, job.endpoint_url)
+        self._stream = weights.stream
+        self._digest = weights.stream_digest
+
+    def write(self, index: Shape3, drafts: Sequence[Draft | None]) -> tuple[ShardStatistics, bool]:
+        """Code and commit one shard: its statistics, and whether this writer was the first."""
+        chunks = [pack(draft, self._stream, self._digest) for draft in drafts]
+        grid = self._settings.grid
+        data, statistics = assemble(grid, index, np.dtype(self._settings.dtype).itemsize, chunks)
+        return statistics, commit(self._objects, grid, data, statistics)
