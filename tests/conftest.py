@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +95,7 @@ def voxels_of() -> VoxelsOf:
         if chunk.dtype != "float32":
             limits = np.iinfo(chunk.dtype)
             values = np.clip(np.rint(values), limits.min, limits.max)
-        voxels: Voxels = values.astype(chunk.dtype)
+        voxels: npt.NDArray[Any] = values.astype(chunk.dtype)
         return np.where(voxels == chunk.fill_value, voxels + voxels.dtype.type(1), voxels)
 
     return build
@@ -106,7 +107,7 @@ def _smooth_volume(shape: Shape3, seed: int) -> npt.NDArray[np.float32]:
     smoothing = np.exp(-200.0 * sum(f * f for f in frequencies))
     smooth = np.fft.ifftn(np.fft.fftn(noise) * smoothing).real + 0.004 * noise
     smooth -= smooth.mean()
-    return (smooth / smooth.std()).astype(np.float32)
+    return np.asarray(smooth / smooth.std(), dtype=np.float32)
 
 
 def _build_weights(config: CodecConfig, seed: int) -> Weights:
@@ -123,7 +124,7 @@ def _build_weights(config: CodecConfig, seed: int) -> Weights:
             for part in (synthesis.correct, synthesis.inr.value):
                 part.weight.normal_(std=0.05)
         prior = coder.prior
-        prior.mean.normal_(std=0.05)
+        prior.mean.normal_(std=2.0)
         prior.log_scale.normal_(std=0.3)
         prior.base.copy_(coder.analysis.latent_scale.log2())
         coder(tiles, torch.full((len(tiles),), 128.0), generator)

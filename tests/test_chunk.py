@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from numcodecs import zstd
 
 from ucray.codec.bitstream import HEADER, Kind, NeuralBody, read_chunk
@@ -21,14 +22,19 @@ from ucray.codec.chunk import (
     normalisation,
     pack,
 )
+from ucray.codec.network import Synthesis
 from ucray.codec.weights import Weights
+from ucray.config import QUALITIES
 from ucray.errors import ChunkError, DtypeError, SettingsError, WeightsError
 from ucray.grid import Shape3
 from ucray.quality import ErrorSum
+from ucray.training.calibrate import load_weights
+from ucray.training.loss import Coder, frozen_stream
 
 Voxels = npt.NDArray[np.generic]
 Formats = Callable[[str], ChunkFormat]
 VoxelsOf = Callable[[ChunkFormat, Shape3, int], Voxels]
+SmoothVolume = Callable[[Shape3, int], npt.NDArray[np.float32]]
 
 FULL: Shape3 = (32, 32, 32)
 QUALITY = 128
@@ -64,6 +70,31 @@ def test_neural_chunks(dtype: str, tiny_weights: Weights, chunk_format: Formats,
     assert packed.error == ErrorSum.between(voxels, decoded)
     assert 0 < packed.error.mse < WORKING * chunk.scale**2
     assert len(packed.data) < chunk.voxels / 64
+
+
+@pytest.mark.parametrize("part", ["student", "teacher"])
+def test_decoding_is_what_training_saw(
+    part: str, tiny_weights: Weights, chunk_format: Formats, smooth_volume: SmoothVolume
+) -> None:
+    """The frozen stream of stage 2, in floats, against bytes, integer tables and stored networks."""
+    config = tiny_weights.config
+    coder = Coder(config)
+    teacher, student = Synthesis(config, config.teacher), Synthesis(config, config.student)
+    load_weights(tiny_weights, coder, teacher, student)
+    values = smooth_volume(FULL, 10)
+    # Between the trained points of the quality gain, training does not round it to whole units.
+    quality = QUALITIES - 1
+    with torch.no_grad():
+        stream = frozen_stream(coder, torch.from_numpy(values)[None, None], torch.tensor([float(quality)]))
+        synthesis = teacher if part == "teacher" else student
+        expected = synthesis(stream.y_hat, stream.prior, stream.log_gain)[0, 0].numpy()
+
+    chunk = replace(chunk_format("float32"), offset=0.0, scale=1.0)
+    data = encoder_of(tiny_weights, chunk).encode(values, quality).data
+    decoded = ChunkDecoder(tiny_weights, chunk, part=part).decode(data)
+
+    # Sums of a few thousand float32 products in another order; a wrong code or gain errs by 0.1.
+    np.testing.assert_allclose(decoded.astype(np.float32), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,7 +196,7 @@ def test_chunks_beyond_the_networks_range_are_raw_and_exact(
     """Normalised, these float32 voxels overflow."""
     chunk = replace(chunk_format("float32"), scale=1e-3)
     encoder = encoder_of(tiny_weights, chunk)
-    voxels = voxels_of(chunk_format("float32"), FULL, 15) * np.float32(3e38)
+    voxels = np.multiply(voxels_of(chunk_format("float32"), FULL, 15), 3e38, dtype=np.float32)
     packed = encoder.encode(voxels, QUALITY)
     assert packed.kind is Kind.RAW
     np.testing.assert_array_equal(encoder.decoder.decode(packed.data), voxels)

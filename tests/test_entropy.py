@@ -43,7 +43,7 @@ def build_tables() -> StreamTables:
         mean_step=np.array([0.5, 0.25, 0.125], np.float32),
         scale=random.integers(-40, 41, (STAGES, CODES, cells, LATENTS)).astype(np.int8),
         base=np.array([40, 0, -40], np.int16),
-        gain=np.linspace(-64, 64, 256).round().astype(np.int16)[:, None] + np.arange(LATENTS, dtype=np.int16),
+        gain=(np.linspace(-64, 64, 256).round()[:, None] + np.arange(LATENTS)).astype(np.int16),
         reach=np.array([(len(w) - 2) // 2 for w in logistic], np.int16),
         frequencies=np.concatenate([to_frequencies(w) for w in logistic]),
         code_frequencies=np.stack([to_frequencies(random.random(CODES)) for _ in range(STAGES)]),

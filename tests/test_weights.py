@@ -81,8 +81,8 @@ def test_digest_depends_on_every_tensor_and_on_the_configuration(tiny_weights: W
 
 
 def test_stream_digest_ignores_the_networks(tiny_weights: Weights) -> None:
-    halved = {k: v if k.startswith("stream.") else v / 2 for k, v in tiny_weights.tensors.items()}
-    other = Weights(tiny_weights.config, halved)
+    negated = {k: v if k.startswith("stream.") else np.negative(v) for k, v in tiny_weights.tensors.items()}
+    other = Weights(tiny_weights.config, negated)
     assert other.stream_digest == tiny_weights.stream_digest
     assert other.digest != tiny_weights.digest
     base = with_tensors(tiny_weights, base=tiny_weights.stream.base + np.int16(1))
@@ -285,3 +285,15 @@ def test_frozen_networks_are_those_of_the_file(tiny_weights: Weights) -> None:
     assert not any(parameter.requires_grad for parameter in coder.parameters())
     for name, value in (*coder.analysis.state_dict().items(), ("codebook", coder.codebook.entries)):
         assert torch.equal(value, value.half().float()), name
+
+
+def test_training_goes_on_from_the_stored_tables(tiny_weights: Weights) -> None:
+    """Loaded into the trainable prior and rounded again, every table is what it was."""
+    config, stream = tiny_weights.config, tiny_weights.stream
+    coder = Coder(config)
+    load_weights(tiny_weights, coder, Synthesis(config, config.teacher), Synthesis(config, config.student))
+    again = coder.prior.to_integers()
+    for name in ("mean", "mean_step", "scale", "base", "gain"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(stream, name), err_msg=name)
+    # Each latent's step is such that its means use the whole of int8.
+    assert np.abs(stream.mean.astype(int)).max(axis=(0, 1, 2)).tolist() == [127] * config.latents

@@ -140,7 +140,7 @@ def test_a_fresh_process_reads_with_zarr_alone(
         "assert 'ucray' not in sys.modules\n"
         "numpy.save(sys.argv[2], zarr.open_group(sys.argv[1], mode='r')['0'][...])\n"
     )
-    command = [sys.executable, "-W", "error", "-c", program, tmp_path / "archive", tmp_path / "read.npy"]
+    command = [sys.executable, "-W", "error", "-c", program, str(tmp_path / "archive"), "read.npy"]
     subprocess.run(command, check=True, cwd=tmp_path)
     np.testing.assert_array_equal(np.load(tmp_path / "read.npy"), read_volume(tmp_path / "archive")[...])
 

@@ -60,7 +60,7 @@ class CodecConfig(Settings):
     codes: Annotated[int, Field(ge=2, le=256)] = 256
     analysis: AnalysisConfig = AnalysisConfig()
     teacher: SynthesisConfig = SynthesisConfig(
-        latent_width=128, latent_blocks=3, grid_width=64, grid_blocks=2, inr_width=8
+        latent_width=128, latent_blocks=3, grid_width=48, grid_blocks=2, inr_width=8
     )
     student: SynthesisConfig = SynthesisConfig(
         latent_width=48, latent_blocks=2, grid_width=32, grid_blocks=1, inr_width=8

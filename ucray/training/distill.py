@@ -196,7 +196,9 @@ class Trainer:
         groups: list[dict[str, Any]] = [{"params": others, "speed": 1.0}]
         if tables:
             groups.append({"params": tables, "speed": TABLE_SPEED, "weight_decay": 0.0})
-        self._optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.98))
+        self._optimizer = torch.optim.AdamW(
+            groups, lr=self.settings.learning_rate, betas=(0.9, 0.98), fused=True
+        )
         self._module = self._wrap(module)
 
     def _start_student(self) -> None:

@@ -1,0 +1,355 @@
+"""Jobs from source to archive: the serial oracle, a real Ray, a real S3 server, real metrics."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from object_store import ObjectStore
+
+import ucray
+from ucray.cluster.session import ray_session
+from ucray.cluster.telemetry import Telemetry
+from ucray.errors import ArchiveError, DestinationError, JobError, SettingsError, SourceError, WeightsError
+from ucray.storage.objects import open_objects, open_store
+from ucray.storage.shard import STATISTICS, shard_key
+
+SHAPE = (40, 70, 64)
+OPTIONS = ucray.CompressOptions(ratio=16, chunk=(32, 32, 32), shard=(32, 64, 32))
+SERIAL = ucray.RunOptions(serial=True)
+TWO_OF_EACH = ucray.RunOptions(encode_workers=2, write_workers=2)
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory: pytest.TempPathFactory, tiny_weights: ucray.Weights) -> str:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    path.write_bytes(tiny_weights.to_bytes())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A volume with padding on one side, so that shards of every kind come up."""
+    path = tmp_path_factory.mktemp("source") / "em.zarr"
+    ucray.synth(str(path), SHAPE, seed=5)
+    zarr.open_array(path / "0", mode="r+")[:, :, 32:] = 0
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def ray_running() -> Iterator[None]:
+    with ray_session():
+        yield
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _serial(source: str, archive: Path, weights_file: str, **changes: object) -> ucray.JobReport:
+    options = OPTIONS.model_copy(update=changes)
+    return ucray.compress(source, str(archive), options, weights=weights_file, run_options=SERIAL)
+
+
+def test_ray_and_the_serial_path_write_the_same_bytes(
+    source: str, weights_file: str, tmp_path: Path, ray_running: None
+) -> None:
+    events: list[ucray.Event] = []
+    serial = _serial(source, tmp_path / "serial", weights_file)
+    on_ray = ucray.compress(
+        source, str(tmp_path / "ray"), OPTIONS, weights=weights_file, run_options=TWO_OF_EACH, listener=events.append
+    )
+    assert _bytes(tmp_path / "ray") == _bytes(tmp_path / "serial")
+    assert (on_ray.psnr, on_ray.chunks) == (serial.psnr, serial.chunks)
+    assert on_ray.shards == 8
+    assert "empty" in on_ray.chunks
+    assert events[-1].done == events[-1].total == np.prod(SHAPE)
+    found = ucray.verify(str(tmp_path / "ray"), source, workers=2)
+    assert found.clean
+    assert found.measured_psnr == pytest.approx(on_ray.psnr, abs=1e-3)  # float32 order of summation
+    ucray.decompress(str(tmp_path / "ray"), str(tmp_path / "plain"), workers=2)
+    plain = zarr.open_group(tmp_path / "plain", mode="r")["0"]
+    archive = zarr.open_group(tmp_path / "ray", mode="r")["0"]
+    np.testing.assert_array_equal(plain[...], archive[...])  # type: ignore[index]
+
+
+def test_the_whole_way_through_s3(source: str, weights_file: str, bucket: str, store: ObjectStore) -> None:
+    connection = ucray.Connection(store.endpoint)
+    place = f"{bucket}/whole-way"
+    ucray.synth(f"{place}/em.zarr", SHAPE, seed=5, connection=connection)
+    report = ucray.compress(
+        f"{place}/em.zarr",
+        f"{place}/em.ucray",
+        OPTIONS,
+        weights=weights_file,
+        run_options=SERIAL,
+        connection=connection,
+    )
+    listed = open_objects(f"{place}/em.ucray", store.endpoint).sizes("")
+    assert report.bytes_out + report.bytes_weights == sum(listed.values())
+    found = ucray.verify(f"{place}/em.ucray", f"{place}/em.zarr", serial=True, connection=connection)
+    assert found.clean
+    original, decoded = (
+        np.asarray(zarr.open_group(open_store(f"{place}/{name}", store.endpoint), mode="r")["0"][...])  # type: ignore[index]
+        for name in ("em.zarr", "em.ucray")
+    )
+    np.testing.assert_array_equal(original == 0, decoded == 0)
+
+
+def test_a_fresh_process_reads_an_archive_with_zarr_alone(
+    source: str, weights_file: str, tmp_path: Path
+) -> None:
+    _serial(source, tmp_path / "a", weights_file)
+    script = (
+        "import sys, zarr\n"
+        f"a = zarr.open_group({str(tmp_path / 'a')!r}, mode='r')['0']\n"
+        "voxels = a[5:37, 3:50, 0:20]\n"
+        "assert 'ray' not in sys.modules\n"
+        "print(voxels.shape, int(voxels.astype('int64').sum()))"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    voxels = np.asarray(zarr.open_group(tmp_path / "a", mode="r")["0"][5:37, 3:50, 0:20])  # type: ignore[index]
+    assert printed.split() == f"{voxels.shape} {int(voxels.astype('int64').sum())}".split()
+
+
+def test_a_second_run_finds_everything_done(source: str, weights_file: str, tmp_path: Path) -> None:
+    _serial(source, tmp_path / "a", weights_file)
+    before = _bytes(tmp_path / "a")
+    again = _serial(source, tmp_path / "a", weights_file)
+    assert again.resumed == again.shards
+    assert again.psnr is None
+    assert _bytes(tmp_path / "a") == before
+
+
+def test_a_lost_shard_is_done_again_and_only_that(source: str, weights_file: str, tmp_path: Path) -> None:
+    _serial(source, tmp_path / "a", weights_file)
+    before = _bytes(tmp_path / "a")
+    (tmp_path / "a" / shard_key((0, 1, 0))).unlink()
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "a" / "0" / "c").rglob("*") if p.is_file()}
+    again = _serial(source, tmp_path / "a", weights_file)
+    assert again.shards - again.resumed == 1
+    assert _bytes(tmp_path / "a") == before
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+def test_other_settings_are_refused_and_nothing_is_written(
+    source: str, weights_file: str, tmp_path: Path
+) -> None:
+    _serial(source, tmp_path / "a", weights_file)
+    before = _bytes(tmp_path / "a")
+    with pytest.raises(DestinationError, match="other settings"):
+        _serial(source, tmp_path / "a", weights_file, ratio=32.0)
+    assert _bytes(tmp_path / "a") == before
+
+
+def test_a_place_that_holds_something_else_is_refused(
+    source: str, weights_file: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(DestinationError, match="not empty"):
+        _serial(source, tmp_path, weights_file)
+    assert _bytes(tmp_path) == {"mine.txt": b"precious"}
+
+
+def test_a_region_becomes_an_archive_with_its_place(source: str, weights_file: str, tmp_path: Path) -> None:
+    _serial(source, tmp_path / "a", weights_file, roi="8:40,6:70,0:32")
+    group = zarr.open_group(tmp_path / "a", mode="r")
+    (multiscale,) = group.attrs["ome"]["multiscales"]  # type: ignore[index, call-overload]
+    (dataset,) = multiscale["datasets"]  # type: ignore[index, call-overload]
+    assert dataset["coordinateTransformations"] == [  # type: ignore[index, call-overload]
+        {"type": "scale", "scale": [8.0, 8.0, 8.0]},
+        {"type": "translation", "translation": [64.0, 48.0, 0.0]},
+    ]
+    assert ucray.verify(str(tmp_path / "a"), source, serial=True).clean
+
+
+def test_an_unreadable_source_chunk_fails_its_shards_and_no_others(
+    weights_file: str, tmp_path: Path, ray_running: None
+) -> None:
+    path = tmp_path / "em.zarr"
+    voxels = np.random.default_rng(0).integers(1, 255, (64, 64, 64), dtype=np.uint8)
+    array = zarr.create_array(path, shape=voxels.shape, dtype="uint8", chunks=(32, 64, 32))
+    array[...] = voxels
+    (path / "c" / "1" / "0" / "1").write_bytes(b"corrupt")
+    listing = tmp_path / "failed.json"
+    for place, serial in (("serial", True), ("ray", False)):
+        run = ucray.RunOptions(serial=serial, failed_boxes=str(listing))
+        options = OPTIONS.model_copy(update={"roi": None})
+        # Measuring reads everything of so small a volume, so the archive is begun on the sound part.
+        archive = tmp_path / place
+        (path / "c" / "1" / "0" / "1").unlink()
+        begun = ucray.compress(str(path), str(archive), options, weights=weights_file, run_options=run)
+        for shard in (shard_key((1, 0, 1)), shard_key((0, 0, 1))):
+            (archive / shard).unlink()
+        (path / "c" / "1" / "0" / "1").write_bytes(b"corrupt")
+        with pytest.raises(JobError, match="1 of 4 shards failed"):
+            ucray.compress(str(path), str(archive), options, weights=weights_file, run_options=run)
+        (failed,) = json.loads(listing.read_text())
+        assert (failed["shard"], failed["box"]) == ([1, 0, 1], "32:64,0:64,32:64")
+        assert (archive / shard_key((0, 0, 1))).exists()
+        assert begun.shards == 4
+
+
+def test_an_unreadable_source_writes_nothing(weights_file: str, tmp_path: Path) -> None:
+    path = tmp_path / "em.zarr"
+    array = zarr.create_array(path, shape=(32, 32, 32), dtype="uint8", chunks=(32, 32, 32))
+    array[...] = 7
+    (path / "c" / "0" / "0" / "0").write_bytes(b"corrupt")
+    with pytest.raises(SourceError, match="cannot be read"):
+        _serial(str(path), tmp_path / "a", weights_file)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("serial", [True, False], ids=["serial", "ray"])
+def test_training_inside_a_compress_job_is_kept_and_used_again(
+    source: str, tmp_path: Path, ray_running: None, serial: bool
+) -> None:
+    training = ucray.TrainingConfig(teacher_steps=2, student_steps=1, batch=1)
+    options = OPTIONS.model_copy(update={"roi": "0:40,0:64,0:32"})
+    run = ucray.RunOptions(serial=serial)
+    archive = tmp_path / "a"
+    first = ucray.compress(source, str(archive), options, training=training, run_options=run)
+    kept = ucray.load_weights(str(archive / "ucray" / "weights.safetensors"))
+    assert kept.training["settings"] == training.model_dump(mode="json")
+    again = ucray.compress(source, str(archive), options, training=training, run_options=run)
+    assert again.resumed == first.shards
+    other = training.model_copy(update={"seed": 1})
+    with pytest.raises(DestinationError, match="other settings"):
+        ucray.compress(source, str(archive), options, training=other, run_options=run)
+
+
+def test_two_workers_train_together_from_weights_of_another_domain(
+    source: str, weights_file: str, tmp_path: Path, ray_running: None
+) -> None:
+    settings = ucray.TrainingConfig(teacher_steps=2, student_steps=2, batch=1)
+    target = tmp_path / "tuned.safetensors"
+    tuned = ucray.train(source, str(target), settings, init=weights_file, workers=2)
+    start = ucray.load_weights(weights_file)
+    assert tuned.digest == ucray.load_weights(str(target)).digest != start.digest
+    assert tuned.training["start"] == start.digest
+    with pytest.raises(DestinationError, match="exists"):
+        ucray.train(source, str(target), settings)
+
+
+# Verification
+
+
+def test_every_kind_of_damage_is_found_and_named(source: str, weights_file: str, tmp_path: Path) -> None:
+    archive = tmp_path / "a"
+    _serial(source, archive, weights_file)
+    first, second = archive / shard_key((0, 0, 0)), archive / shard_key((0, 1, 0))
+    sound, other = first.read_bytes(), second.read_bytes()
+
+    def problems() -> str:
+        return "\n".join(ucray.verify(str(archive), serial=True).problems)
+
+    assert problems() == ""
+    first.unlink()
+    assert "0/c/0/0/0 is missing" in problems()
+    first.write_bytes(sound[:-9])
+    assert "checksum" in problems()
+    first.write_bytes(bytes([sound[0], sound[1], sound[2], sound[3], sound[4] ^ 1]) + sound[5:])
+    assert "statistics of shard (0, 0, 0) are missing" in problems()
+    first.write_bytes(other)
+    assert "0/c/0/0/0" in problems()
+    first.write_bytes(sound)
+    (archive / "0" / "c" / "0" / "0" / "9").write_bytes(b"extra")
+    assert "0/c/0/0/9 belongs to no part" in problems()
+    (archive / "0" / "c" / "0" / "0" / "9").unlink()
+    for statistics in (archive / STATISTICS).glob("0.0.0-*"):
+        statistics.unlink()
+    assert "statistics of shard (0, 0, 0) are missing" in problems()
+
+
+def test_a_changed_source_is_noticed(source: str, weights_file: str, tmp_path: Path) -> None:
+    _serial(source, tmp_path / "a", weights_file)
+    changed = tmp_path / "changed.zarr"
+    ucray.synth(str(changed), SHAPE, seed=6)
+    found = ucray.verify(str(tmp_path / "a"), str(changed), serial=True)
+    assert "mean squared error" in found.problems[0]
+    with pytest.raises(SourceError, match="does not hold region"):
+        ucray.synth(str(tmp_path / "small.zarr"), (32, 32, 32))
+        ucray.verify(str(tmp_path / "a"), str(tmp_path / "small.zarr"), serial=True)
+
+
+def test_nothing_is_no_archive(tmp_path: Path) -> None:
+    for job in (ucray.verify, ucray.info):
+        with pytest.raises(ArchiveError, match="holds no ucray archive"):
+            job(str(tmp_path / "nothing"))
+
+
+def test_info_adds_up_what_the_job_reported(source: str, weights_file: str, tmp_path: Path) -> None:
+    report = _serial(source, tmp_path / "a", weights_file)
+    info = ucray.info(str(tmp_path / "a"))
+    assert (info["bytes_out"], info["bytes_weights"]) == (report.bytes_out, report.bytes_weights)
+    assert info["chunks"] == report.chunks
+    assert info["psnr"] == pytest.approx(report.psnr, abs=1e-9)
+    assert info["measured_ratio"] == report.ratio
+
+
+def test_the_ratio_holds_over_the_whole_archive(source: str, weights_file: str, tmp_path: Path) -> None:
+    low = _serial(source, tmp_path / "low", weights_file, ratio=8.0)
+    high = _serial(source, tmp_path / "high", weights_file, ratio=16.0)
+    # Never larger than asked; the tiny networks of this test have coarse steps of quality.
+    assert 16.0 <= high.ratio
+    assert 8.0 <= low.ratio < high.ratio
+    assert low.psnr is not None
+    assert high.psnr is not None
+    assert low.psnr > high.psnr
+
+
+# Metrics
+
+
+def test_metrics_are_served_while_a_job_runs_and_no_longer(
+    source: str, weights_file: str, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    scraped: list[str] = []
+
+    def scrape(event: ucray.Event) -> None:
+        if event.stage == "compress":
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                scraped.append(answer.read().decode())
+
+    run = ucray.RunOptions(serial=True, metrics_port=port)
+    report = ucray.compress(
+        source, str(tmp_path / "a"), OPTIONS, weights=weights_file, run_options=run, listener=scrape
+    )
+    last = dict(line.rsplit(" ", 1) for line in scraped[-1].splitlines() if not line.startswith("#"))
+    assert float(last["ucray_bytes_in_total"]) == report.bytes_in
+    assert float(last["ucray_shards_planned"]) == report.shards
+    assert float(last['ucray_shards_total{outcome="committed"}']) == report.shards
+    for kind, count in report.chunks.items():
+        assert float(last[f'ucray_chunks_total{{kind="{kind}"}}']) == count
+    for stage in ("read", "encode", "write"):
+        assert float(last[f'ucray_stage_seconds_count{{stage="{stage}"}}']) == report.shards
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_taken_metrics_port_is_refused() -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        with (
+            pytest.raises(SettingsError, match="metrics cannot be served"),
+            Telemetry().served(taken.getsockname()[1]),
+        ):
+            pass
+
+
+def test_missing_weights_are_named(source: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="there are no weights"):
+        _serial(source, tmp_path / "a", str(tmp_path / "none.safetensors"))
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,152 @@
+"""Training: both stages learn, a run goes on from its checkpoint, weights come out whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ucray.codec.prior import lambda_of, rate_in_bits
+from ucray.codec.weights import Weights
+from ucray.config import QUALITIES, CodecConfig, TrainingConfig
+from ucray.errors import SettingsError, SourceError, WeightsError
+from ucray.training.distill import Trainer
+from ucray.training.loss import draw_quality
+from ucray.training.tiles import TileSampler, prepare_tiles
+
+SETTINGS = TrainingConfig(teacher_steps=14, student_steps=10, batch=4, learning_rate=3e-3)
+CHUNK = (32, 32, 32)
+
+
+@pytest.fixture
+def sampler(smooth_volume: Callable[..., Any], tiny_config: CodecConfig) -> Callable[[], TileSampler]:
+    """Samplers that start over with the same crops."""
+    noise = np.random.default_rng(1).normal(0, 0.3, (64, 64, 64))
+    tiles = prepare_tiles([smooth_volume((64, 64, 64), 3) + noise], np.nan, 0.0, 1.0)
+    return lambda: TileSampler(tiles, CHUNK, tiny_config, 0)
+
+
+def _run(trainer: Trainer, sampler: TileSampler, steps: int) -> list[dict[str, float]]:
+    return [trainer.step(sampler.draw(SETTINGS.batch)) for _ in range(steps)]
+
+
+def test_both_stages_learn(sampler: Callable[[], TileSampler], tiny_config: CodecConfig) -> None:
+    settings = TrainingConfig(teacher_steps=60, student_steps=40, learning_rate=5e-3)
+    trainer, draws = Trainer(tiny_config, settings), sampler()
+    trainer.start(draws.draw(8))
+    first = [figures["loss"] for figures in _run(trainer, draws, 60)]
+    assert np.mean(first[-10:]) < np.mean(first[:10])
+    second = _run(trainer, draws, 40)
+    losses = [figures["loss"] for figures in second]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    # The student works on the teacher's stream, so it comes close to it, not merely to the data.
+    assert second[-1]["mse"] < 1.5 * second[-1]["teacher_mse"]
+
+
+def test_stage_two_leaves_the_stream_alone(
+    sampler: Callable[[], TileSampler], tiny_config: CodecConfig
+) -> None:
+    draws = sampler()
+    digests = []
+    for steps in (1, 6):
+        trainer = Trainer(tiny_config, SETTINGS.model_copy(update={"student_steps": steps}))
+        draws = sampler()
+        trainer.start(draws.draw(8))
+        _run(trainer, draws, trainer.total_steps)
+        calibration = [torch.zeros(1, 1, *CHUNK)]
+        digests.append(trainer.finish(calibration, {}).stream_digest)
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("stop", [5, 14, 18], ids=["stage 1", "between", "stage 2"])
+def test_a_run_goes_on_from_its_checkpoint(
+    sampler: Callable[[], TileSampler], tiny_config: CodecConfig, stop: int
+) -> None:
+    whole, draws = Trainer(tiny_config, SETTINGS), sampler()
+    whole.start(draws.draw(8))
+    expected = _run(whole, draws, whole.total_steps)
+    first, draws = Trainer(tiny_config, SETTINGS), sampler()
+    first.start(draws.draw(8))
+    _run(first, draws, stop)
+    second = Trainer(tiny_config, SETTINGS)
+    second.from_bytes(first.to_bytes())
+    assert second.step_number == stop
+    assert _run(second, draws, whole.total_steps - stop) == expected[stop:]
+
+
+def test_a_foreign_checkpoint_is_refused(tiny_config: CodecConfig) -> None:
+    with pytest.raises(WeightsError):
+        Trainer(tiny_config, SETTINGS).from_bytes(b"nothing")
+    with pytest.raises(WeightsError):
+        Trainer(CodecConfig(), SETTINGS).from_bytes(Trainer(tiny_config, SETTINGS).to_bytes())
+
+
+def test_the_teacher_of_one_domain_teaches_the_student_of_another(
+    sampler: Callable[[], TileSampler], tiny_config: CodecConfig, tiny_weights: Weights
+) -> None:
+    settings = TrainingConfig(teacher_steps=0, student_steps=6)
+    trainer = Trainer(tiny_config, settings, start=tiny_weights)
+    assert trainer.stage == 2
+    _run(trainer, sampler(), 6)
+    made = trainer.finish([torch.zeros(1, 1, *CHUNK)], {"start": tiny_weights.digest})
+    for name, array in tiny_weights.part("teacher").items():
+        np.testing.assert_array_equal(made.part("teacher")[name], array)
+    changed = [
+        name for name, array in tiny_weights.part("student").items()
+        if not np.array_equal(made.part("student")[name], array)
+    ]  # fmt: skip
+    assert changed
+    for table in ("mean", "scale", "base", "gain", "codebook"):
+        np.testing.assert_array_equal(made.part("stream")[table], tiny_weights.part("stream")[table])
+
+
+def test_weights_of_another_shape_cannot_start_a_run(tiny_weights: Weights) -> None:
+    with pytest.raises(SettingsError, match="another configuration"):
+        Trainer(CodecConfig(), SETTINGS, start=tiny_weights)
+
+
+def test_a_run_must_be_started(tiny_config: CodecConfig) -> None:
+    with pytest.raises(SettingsError, match="start"):
+        Trainer(tiny_config, SETTINGS).step(torch.zeros(1, 1, *CHUNK))
+
+
+def test_qualities_spread_over_the_whole_range() -> None:
+    drawn = draw_quality(8, torch.Generator().manual_seed(0))
+    width = (QUALITIES - 1) / 8
+    assert sorted(int(q / width) for q in drawn.tolist()) == list(range(8))
+
+
+def test_lambda_falls_with_quality() -> None:
+    values = [lambda_of(q) for q in range(QUALITIES)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_the_rate_is_that_of_a_logistic() -> None:
+    values = torch.arange(-200, 201, dtype=torch.float32)
+    for log_scale in (-2.0, 0.0, 3.0):
+        bits = rate_in_bits(values, torch.full_like(values, log_scale))
+        # Probabilities of all symbols add up to one; the tails beyond 200 hold less than 1e-4.
+        assert torch.exp2(-bits.double()).sum().item() == pytest.approx(1.0, abs=1e-4)
+        assert bits.argmin().item() == 200
+
+
+def test_tiles_of_padding_are_left_out_and_padding_is_filled_in() -> None:
+    tissue = np.full((16, 16, 16), 100, np.uint8)
+    tissue[:4] = 0
+    empty = np.zeros((16, 16, 16), np.uint8)
+    (tile,) = prepare_tiles([empty, tissue], 0.0, 100.0, 10.0)
+    np.testing.assert_array_equal(tile, np.zeros((16, 16, 16), np.float16))
+    with pytest.raises(SourceError, match="nothing but fill"):
+        prepare_tiles([empty], 0.0, 0.0, 1.0)
+
+
+def test_crops_turn_only_along_axes_that_are_alike() -> None:
+    ramp = np.broadcast_to(np.arange(8, dtype=np.float16)[:, None, None], (8, 32, 32)).copy()
+    config = CodecConfig(levels=(0, 2, 2), latent_stride=(1, 2, 2))
+    batch = TileSampler([ramp], (8, 32, 32), config, 0).draw(16)
+    assert torch.all(batch == batch[:, :, :, :1, :1])
+    isotropic = TileSampler([np.zeros((40, 40, 40), np.float16)], (32, 32, 32), CodecConfig(), 0)
+    assert isotropic.draw(3).shape == (3, 1, 32, 32, 32)
