@@ -26,7 +26,7 @@ from ucray.quality import ssim
 from ucray.storage.objects import open_store
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "deploy"))
-from object_store import ObjectStore  # noqa: E402
+from object_store import ObjectStore
 
 SHAPE = (256, 256, 256)
 SHARD = (128, 128, 128)
@@ -154,7 +154,8 @@ def picture(original: Voxels, decoded: Voxels, path: Path, figures: dict[str, An
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
-    titles = ("original", f"decoded at ratio {figures['ratio']:.1f}", f"error, PSNR {figures['psnr_db']:.2f} dB")
+    ratio, psnr = figures["ratio"], figures["psnr_db"]
+    titles = ("original", f"decoded at ratio {ratio:.1f}", f"error, PSNR {psnr:.2f} dB")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
     axes[1][0].set_ylabel("detail")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import s3fs
 import torch
 from hypothesis import settings
+from object_store import ObjectStore
 
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.network import Synthesis, start_linear
@@ -130,3 +133,39 @@ def _build_weights(config: CodecConfig, seed: int) -> Weights:
         coder(tiles, torch.full((len(tiles),), 128.0), generator)
         freeze(coder)
         return to_weights(config, coder, teacher, student, [tiles], {"seed": seed})
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> CodecConfig:
+    """The configuration of `tiny_weights`."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 server on loopback, its credentials in the environment."""
+    with ObjectStore(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            if name != "AWS_ENDPOINT_URL":
+                patch.setenv(name, value)
+        server.create_bucket("ucray-tests")
+        yield server
+
+
+@pytest.fixture
+def bucket(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a bucket of that server, which the environment names as the endpoint."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+    return "s3://ucray-tests"
+
+
+@pytest.fixture
+def no_credentials(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An environment without S3 credentials of any kind."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    # s3fs keeps connections by their options, and with them the credentials of their first use.
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -83,7 +83,20 @@ def test_a_damaged_archive_ends_verify_with_1(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, volume: str, weights_file: str
 ) -> None:
     archive = tmp_path / "em.ucray"
-    assert _run(monkeypatch, "compress", volume, str(archive), "--weights", weights_file, "--chunk", "32,16,16", "--serial") == 0
+    assert (
+        _run(
+            monkeypatch,
+            "compress",
+            volume,
+            str(archive),
+            "--weights",
+            weights_file,
+            "--chunk",
+            "32,16,16",
+            "--serial",
+        )
+        == 0
+    )
     (archive / "0" / "c" / "0" / "0" / "0").unlink()
     assert _run(monkeypatch, "verify", str(archive), "--serial") == 1
 
@@ -164,10 +177,9 @@ def test_an_archive_with_weights_of_another_digest_is_one_clear_line(
     assert "WeightsError: the weights in zarr.json have digest" in capsys.readouterr().err
 
 
-def test_no_bucket_and_no_credentials_are_one_clear_line(
+def test_no_bucket_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
     store: ObjectStore,
     volume: str,
     weights_file: str,
@@ -175,10 +187,17 @@ def test_no_bucket_and_no_credentials_are_one_clear_line(
     compress = ("compress", volume, "s3://nobody/em.ucray", "--weights", weights_file, "--serial")
     assert _run(monkeypatch, *compress, "--endpoint-url", store.endpoint) == 2
     assert "StorageError: bucket nobody does not exist" in capsys.readouterr().err
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_credentials")
+def test_no_credentials_are_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    store: ObjectStore,
+    volume: str,
+    weights_file: str,
+) -> None:
+    compress = ("compress", volume, "s3://ucray-tests/em.ucray", "--weights", weights_file, "--serial")
     assert _run(monkeypatch, *compress, "--endpoint-url", store.endpoint) == 2
     assert "CredentialsError: no credentials" in capsys.readouterr().err
 

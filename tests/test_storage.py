@@ -12,6 +12,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+import s3fs
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,17 +110,13 @@ def test_a_missing_bucket_is_named(store: ObjectStore) -> None:
 
 def test_refused_credentials_are_named(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(CredentialsError, match="refused"):
         open_objects("s3://ucray-tests/refused", store.endpoint).put_new("x", b"")
 
 
-def test_missing_credentials_are_named(
-    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+@pytest.mark.usefixtures("no_credentials")
+def test_missing_credentials_are_named(store: ObjectStore) -> None:
     with pytest.raises(CredentialsError, match="AWS_ACCESS_KEY_ID"):
         open_objects("s3://ucray-tests/missing", store.endpoint).check_place()
 

@@ -13,6 +13,7 @@ from ucray.codec.prior import lambda_of, rate_in_bits
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES, CodecConfig, TrainingConfig
 from ucray.errors import SettingsError, SourceError, WeightsError
+from ucray.synthetic import synthetic_volume
 from ucray.training.distill import Trainer
 from ucray.training.loss import draw_quality
 from ucray.training.tiles import TileSampler, prepare_tiles
@@ -33,17 +34,21 @@ def _run(trainer: Trainer, sampler: TileSampler, steps: int) -> list[dict[str, f
     return [trainer.step(sampler.draw(SETTINGS.batch)) for _ in range(steps)]
 
 
-def test_both_stages_learn(sampler: Callable[[], TileSampler], tiny_config: CodecConfig) -> None:
-    settings = TrainingConfig(teacher_steps=60, student_steps=40, learning_rate=5e-3)
-    trainer, draws = Trainer(tiny_config, settings), sampler()
-    trainer.start(draws.draw(8))
-    first = [figures["loss"] for figures in _run(trainer, draws, 60)]
-    assert np.mean(first[-10:]) < np.mean(first[:10])
-    second = _run(trainer, draws, 40)
-    losses = [figures["loss"] for figures in second]
-    assert np.mean(losses[-10:]) < np.mean(losses[:10])
-    # The student works on the teacher's stream, so it comes close to it, not merely to the data.
-    assert second[-1]["mse"] < 1.5 * second[-1]["teacher_mse"]
+def test_both_stages_learn(tiny_config: CodecConfig) -> None:
+    """On one batch of cells and membranes: both losses fall, and the student reaches the teacher."""
+    volume = synthetic_volume((32, 64, 64), 1, padding=0)
+    tiles = prepare_tiles([volume], np.nan, float(volume.mean()), float(volume.std()))
+    batch = TileSampler(tiles, CHUNK, tiny_config, 0).draw(4)
+    settings = TrainingConfig(teacher_steps=80, student_steps=40, learning_rate=4e-3)
+    trainer = Trainer(tiny_config, settings)
+    trainer.start(batch)
+    teacher = [trainer.step(batch)["loss"] for _ in range(80)]
+    assert np.mean(teacher[-10:]) < 0.95 * np.mean(teacher[:10])
+    student = [trainer.step(batch) for _ in range(40)]
+    # Each step draws its qualities anew, so losses jump; against the teacher the student only gains.
+    behind = [figures["mse"] / figures["teacher_mse"] for figures in student]
+    assert np.mean(behind[-10:]) < np.mean(behind[:4])
+    assert np.mean(behind[-10:]) < 1.1
 
 
 def test_stage_two_leaves_the_stream_alone(

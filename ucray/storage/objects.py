@@ -150,7 +150,7 @@ class S3Objects:
                 return False
             except OSError as error:
                 # s3fs gives a lost race (412 PreconditionFailed) no type of its own.
-                if error.errno == 22 and self._files.exists(f"{self._place}/{key}", refresh=True):
+                if error.errno == 22 and self._files.exists(f"{self._place}/{key}"):
                     return False
                 raise
             return True

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -158,7 +159,7 @@ class Trainer:
             self._modules().load_state_dict(
                 {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
             )
-        except (ValueError, KeyError, RuntimeError) as error:
+        except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
             raise WeightsError(
                 f"the checkpoint does not fit this run: {' '.join(str(error).split())}"
             ) from None
@@ -167,10 +168,14 @@ class Trainer:
         if header["stage"]:
             self._enter(int(header["stage"]), resumed=True)
             assert self._optimizer is not None
+            learned = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
             state: dict[int, dict[str, Tensor]] = {}
             for name, value in tensors.items():
                 if name.startswith("optimizer."):
                     _, index, key = name.split(".")
+                    if value.dim():
+                        # A fused optimizer walks parameter and moments in step: give both one layout.
+                        value = torch.empty_like(learned[int(index)]).copy_(value)
                     state.setdefault(int(index), {})[key] = value
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": state, "param_groups": groups})
