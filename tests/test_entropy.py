@@ -193,7 +193,8 @@ def test_cut_words_are_refused() -> None:
     codes, symbols = example()
     words, escapes = entropy.encode(TABLES, codes, symbols, QUALITY)
     assert len(escapes) == 0
-    for count in range(len(words)):
+    # No words at all are a chunk of nothing but first letters; of these the chunk's checksum knows.
+    for count in range(1, len(words)):
         for cut in (words[:count], words[len(words) - count :]):
             with pytest.raises(ChunkError):
                 entropy.decode(TABLES, cut, escapes, GRID, QUALITY)

@@ -23,7 +23,9 @@ class ErrorSum:
     @classmethod
     def between(cls, original: npt.NDArray[np.generic], decoded: npt.NDArray[np.generic]) -> ErrorSum:
         """Measure `decoded` against `original`, two arrays of one shape; not-a-number equals itself."""
-        difference = original.astype(np.float64) - decoded.astype(np.float64)
+        # Infinity less itself is not a number; it is set right below.
+        with np.errstate(invalid="ignore"):
+            difference = original.astype(np.float64) - decoded.astype(np.float64)
         both_nan = np.isnan(original.astype(np.float64)) & np.isnan(decoded.astype(np.float64))
         difference[both_nan | (original == decoded)] = 0.0
         return cls(

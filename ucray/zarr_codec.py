@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
@@ -17,9 +18,10 @@ import numpy as np
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.common import parse_named_configuration
 
-from ucray.codec.chunk import ChunkDecoder, ChunkEncoder, ChunkFormat
+from ucray.codec.chunk import DTYPES, ChunkDecoder, ChunkEncoder, ChunkFormat
 from ucray.codec.weights import Weights
-from ucray.errors import ArchiveError, SettingsError, WeightsError
+from ucray.config import QUALITIES
+from ucray.errors import ArchiveError, DtypeError, SettingsError, WeightsError
 from ucray.grid import triple
 
 if TYPE_CHECKING:
@@ -55,19 +57,21 @@ class UcrayCodec(ArrayBytesCodec):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Parse the configuration in zarr.json; raises ArchiveError or WeightsError."""
-        _, parsed = parse_named_configuration(data, NAME)
-        configuration: dict[str, Any] = dict(parsed)
         try:
+            _, parsed = parse_named_configuration(data, NAME)
+            configuration: dict[str, Any] = dict(parsed)
             version = configuration["version"]
+            if version != VERSION:
+                raise ArchiveError(
+                    f"the archive is of codec version {version}; this ucray reads version {VERSION}"
+                )
             offset, scale = float(configuration["offset"]), float(configuration["scale"])
             quality = int(configuration["quality"])
             encoded, digest = configuration["weights"]["safetensors"], configuration["weights"]["digest"]
         except (KeyError, TypeError, ValueError):
             raise ArchiveError("the codec's configuration in zarr.json is incomplete") from None
-        if version != VERSION:
-            raise ArchiveError(
-                f"the archive is of codec version {version}; this ucray reads version {VERSION}"
-            )
+        if not 0 <= quality < QUALITIES:
+            raise ArchiveError(f"the codec's quality in zarr.json is {quality}, not 0 to {QUALITIES - 1}")
         try:
             weights = Weights.from_bytes(base64.b64decode(encoded, validate=True))
         except (binascii.Error, TypeError, ValueError):
@@ -97,16 +101,27 @@ class UcrayCodec(ArrayBytesCodec):
         """Bind the codec to an array's chunk shape, dtype and fill value."""
         if len(array_spec.shape) != 3:
             raise SettingsError(f"the codec ucray wants axes (z, y, x), not {len(array_spec.shape)} axes")
+        dtype = str(array_spec.dtype.to_native_dtype().name)
+        if dtype not in DTYPES:
+            raise DtypeError(f"voxels of type {dtype} are not served; {', '.join(DTYPES)} are")
+        fill_value = float(array_spec.fill_value)
         chunk = ChunkFormat(
             shape=triple(iter(array_spec.shape)),
-            dtype=str(array_spec.dtype.to_native_dtype().name),
-            fill_value=float(array_spec.fill_value),
+            dtype=dtype,
+            # One and the same not-a-number, so that formats of equal settings are equal.
+            fill_value=math.nan if math.isnan(fill_value) else fill_value,
             offset=self.offset,
             scale=self.scale,
         )
-        chunk.check_stride(self.weights.config.stride)
-        # Networks are built once per bound codec; binding to the same chunk again keeps them.
-        return self if chunk == self.chunk else replace(self, chunk=chunk)
+        # The shape is not checked here: without shards, zarr binds codecs to the whole array's shape
+        # first. Networks are built once per chunk format, by the codec that is bound to it.
+        if chunk == self.chunk:
+            return self
+        return self._bound.setdefault(chunk, replace(self, chunk=chunk))
+
+    @cached_property
+    def _bound(self) -> dict[ChunkFormat, Self]:
+        return {}
 
     @property
     def bound(self) -> ChunkFormat:

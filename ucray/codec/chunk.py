@@ -19,7 +19,7 @@ from numcodecs import zstd
 from ucray.codec import entropy
 from ucray.codec.bitstream import Chunk, Kind, NeuralBody, read_chunk, write_chunk
 from ucray.codec.codebook import quantise_codes
-from ucray.codec.fill import fill_mask, inpaint, keep_off_fill, pack_mask, unpack_mask
+from ucray.codec.fill import fill_mask, inpaint, keep_off_fill, pack_mask, unpack_exactly, unpack_mask
 from ucray.codec.network import Analysis, Synthesis, load_network
 from ucray.codec.weights import Weights
 from ucray.errors import ChunkError, DtypeError, SettingsError
@@ -173,10 +173,8 @@ class ChunkDecoder:
             voxels = np.full(self.format.shape, np.frombuffer(chunk.body, dtype)[0], self.format.dtype)
         else:
             raw = np.empty(self.format.shape, dtype)
-            try:
-                zstd.decompress(chunk.body, raw)
-            except (RuntimeError, ValueError):
-                raise ChunkError("a raw chunk that does not unpack to the chunk's shape") from None
+            if not unpack_exactly(chunk.body, raw):
+                raise ChunkError("a raw chunk that does not unpack to the chunk's shape")
             return raw.astype(self.format.dtype)
         mask = unpack_mask(chunk.mask, self.format.shape) if chunk.mask else np.zeros(self.format.shape, bool)
         return keep_off_fill(voxels, mask, self.format.fill_value)
@@ -225,7 +223,10 @@ class ChunkEncoder:
         """Run the analysis on one chunk (z, y, x), cut off by the volume's end or not."""
         padded = self._padded(voxels)
         mask = torch.from_numpy(fill_mask(padded, self.format.fill_value))[None, None]
-        values = (padded.astype(np.float32) - np.float32(self.format.offset)) / np.float32(self.format.scale)
+        # What overflows here comes out of the networks as no number, and `draft` codes it raw.
+        with np.errstate(over="ignore"):
+            values = padded.astype(np.float32) - np.float32(self.format.offset)
+            values /= np.float32(self.format.scale)
         with torch.inference_mode():
             x = inpaint(torch.from_numpy(values)[None, None].to(self._device), mask.to(self._device))
             y, z = self._analysis(_channels_last(x))
@@ -248,14 +249,16 @@ class ChunkEncoder:
         if not np.isfinite(kept.astype(np.float64)).all():
             return replace(empty, mask=b"", raw=raw, error=ErrorSum(voxels.size))
         latents = self.latents(voxels)
+        if not np.isfinite(latents.centred).all():
+            return replace(empty, mask=b"", raw=raw, error=ErrorSum(voxels.size))
         symbols = self.symbols(latents, quality)
         inside = Box((0, 0, 0), triple(iter(voxels.shape))).slices
         decoded = self.decoder.reconstruct(latents.codes, symbols, quality)[inside]
         error = ErrorSum.between(voxels, keep_off_fill(decoded, mask, self.format.fill_value))
         if not math.isfinite(error.squared):
             return replace(empty, mask=b"", raw=raw, error=ErrorSum(voxels.size))
-        # Two bytes a latent are more than any neural chunk takes: a longer raw form cannot win.
-        keep_raw = len(raw) < 2 * symbols.size + latents.codes.size
+        # At worst a letter takes 24 bits, an escape 3 bytes more: a raw form longer than that cannot win.
+        keep_raw = len(raw) < 6 * symbols.size + 3 * latents.codes.size + 16
         return replace(empty, raw=raw if keep_raw else b"", codes=latents.codes, symbols=symbols, error=error)
 
     def symbols(self, latents: Latents, quality: int) -> npt.NDArray[np.int16]:

@@ -47,10 +47,8 @@ def unpack_mask(data: bytes, shape: tuple[int, int, int]) -> Mask:
     """
     count = int(np.prod(shape))
     packed = np.empty(-(-count // 8), dtype=np.uint8)
-    try:
-        zstd.decompress(data[1:], packed)
-    except (RuntimeError, ValueError):
-        raise ChunkError("the mask of fill voxels is damaged") from None
+    if not unpack_exactly(data[1:], packed):
+        raise ChunkError("the mask of fill voxels is damaged")
     mask = np.unpackbits(packed, count=count).astype(bool).reshape(shape)
     if data[0] == 1:
         for axis in range(mask.ndim):
@@ -58,6 +56,24 @@ def unpack_mask(data: bytes, shape: tuple[int, int, int]) -> Mask:
     elif data[0] != 0:
         raise ChunkError("the mask of fill voxels has an unknown form")
     return mask
+
+
+def unpack_exactly(frame: bytes, target: npt.NDArray[Any]) -> bool:
+    """Unpack a zstd frame into `target`; False if it is damaged or of another size."""
+    # numcodecs leaves what a shorter frame does not reach as it was, and tells no one; but before it
+    # unpacks anything it refuses, with a ValueError, a target that is too small.
+    try:
+        zstd.decompress(frame, np.empty(target.nbytes - 1, dtype=np.uint8))
+        return False
+    except RuntimeError:
+        return False
+    except ValueError:
+        pass
+    try:
+        zstd.decompress(frame, target)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def inpaint(values: Tensor, mask: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def filter_bank(wavelet: str, levels: int) -> tuple[npt.NDArray[np.float64], int
     """
     try:
         bank = pywt.Wavelet(wavelet)
-    except ValueError:
+    except (TypeError, ValueError):
         raise SettingsError(f"PyWavelets has no discrete wavelet named {wavelet!r}") from None
     # Filters are read off pywt itself, as responses to unit impulses far from any border, so that
     # its conventions of phase and periodization hold here by construction.

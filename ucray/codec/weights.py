@@ -29,7 +29,7 @@ DECODER_PARTS = ("stream", "student")
 Array = npt.NDArray[np.generic]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weights:
     """Weights of one codec.
 
@@ -46,6 +46,12 @@ class Weights:
     config: CodecConfig
     tensors: Mapping[str, Array]
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Weights) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     @cached_property
     def digest(self) -> str:
@@ -138,13 +144,18 @@ class Weights:
             if array is None or array.dtype != dtype or (shape is not None and array.shape != shape):
                 raise WeightsError(f"the weights are damaged: table {name!r} is missing or misshapen")
         stream = self.stream
+        if stream.reach.ndim != 1 or stream.frequencies.ndim != 1:
+            raise WeightsError("the weights are damaged: frequency tables have more than one axis")
+        if not (np.isfinite(stream.mean_step).all() and np.isfinite(self.codebook).all()):
+            raise WeightsError("the weights are damaged: codebook or steps of the means are no numbers")
         lengths = 2 * stream.reach.astype(np.int64) + 2
         if not 1 <= len(stream.reach) <= 256 or lengths.min() < 2 or lengths.sum() != stream.frequencies.size:
             raise WeightsError("the weights are damaged: frequency tables do not fit their reach")
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         sums = np.add.reduceat(stream.frequencies.astype(np.int64), starts)
         code_sums = stream.code_frequencies.astype(np.int64).sum(axis=1)
-        if (sums != TOTAL).any() or (code_sums != TOTAL).any() or not stream.frequencies.all():
+        positive = stream.frequencies.all() and stream.code_frequencies.all()
+        if (sums != TOTAL).any() or (code_sums != TOTAL).any() or not positive:
             raise WeightsError(f"the weights are damaged: frequencies do not add up to {TOTAL}")
 
 

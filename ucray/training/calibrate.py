@@ -33,8 +33,8 @@ def freeze(coder: Coder) -> None:
     with torch.no_grad():
         coder.codebook.entries.copy_(entries)
         _load_prior(prior, integers.mean, integers.mean_step, integers.scale, integers.base, integers.gain)
-        for parameter in coder.analysis.parameters():
-            parameter.copy_(parameter.half())
+        for value in coder.analysis.state_dict().values():
+            value.copy_(value.half())
     coder.requires_grad_(False)
 
 
