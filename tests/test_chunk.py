@@ -126,7 +126,7 @@ def test_chunks_of_nothing_but_fill_take_no_bytes(
     packed = encoder.encode(voxels, QUALITY)
     assert packed.data == b""
     assert packed.error.squared == 0.0
-    assert encoder.draft(voxels, QUALITY) is None
+    assert encoder.drafts([voxels], QUALITY) == [None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,7 +214,7 @@ def test_a_fill_value_of_not_a_number(
     assert packed.kind is Kind.NEURAL
     np.testing.assert_array_equal(np.isnan(decoded.astype(np.float64)), np.isnan(voxels.astype(np.float64)))
     assert packed.error.mse < WORKING * chunk.scale**2
-    assert encoder.draft(np.full(FULL, np.nan, np.float32), QUALITY) is None
+    assert encoder.drafts([np.full(FULL, np.nan, np.float32)], QUALITY) == [None]
 
 
 @pytest.mark.parametrize("shape", [(32, 32, 7), (20, 1, 32), (1, 1, 2), (31, 17, 16)])
@@ -315,7 +315,7 @@ def test_the_same_chunk_gives_the_same_bytes(
     again = encoder.encode(np.asfortranarray(voxels), QUALITY, (1, 0, 2))
     fresh = encoder_of(Weights.from_bytes(tiny_weights.to_bytes()), chunk).encode(voxels, QUALITY, (1, 0, 2))
     in_halves = pack(
-        encoder.draft(voxels, QUALITY, (1, 0, 2)), tiny_weights.stream, tiny_weights.stream_digest
+        encoder.drafts([voxels], QUALITY, [(1, 0, 2)])[0], tiny_weights.stream, tiny_weights.stream_digest
     )
     assert first == again == fresh == in_halves
 

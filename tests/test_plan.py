@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -29,7 +31,7 @@ def _volume(shape: Shape3 = (250, 250, 250), dtype: str = "uint8", identity: str
     return Volume("volume.zarr", "0", None, shape, dtype, 0.0, Space(), identity)
 
 
-def _plan(volume: Volume | None = None, **options: object) -> CompressPlan:
+def _plan(volume: Volume | None = None, **options: Any) -> CompressPlan:
     return plan_compress(volume or _volume(), CodecConfig(), CompressOptions.model_validate(options))
 
 
@@ -63,7 +65,7 @@ def test_a_region_is_planned_in_its_own_coordinates() -> None:
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_done(
-    options: dict[str, object], message: str
+    options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         _plan(**options)

@@ -380,4 +380,4 @@ def test_the_array_metadata_are_what_the_zarr_specification_names(tmp_path: Path
 
 def test_settings_of_an_archive_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        _settings().ratio = 3.0  # type: ignore[misc]
+        _settings().ratio = 3.0

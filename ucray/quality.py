@@ -71,7 +71,7 @@ def ssim(original: npt.NDArray[np.generic], decoded: npt.NDArray[np.generic], da
     return float(
         np.mean(
             [
-                structural_similarity(
+                structural_similarity(  # type: ignore[no-untyped-call]
                     first.astype(np.float32), second.astype(np.float32), data_range=data_range
                 )
                 for first, second in zip(original, decoded, strict=True)

@@ -51,8 +51,8 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     drafts: list[Draft | None] = []
     latents: list[Latents] = []
     for number, sample in enumerate(samples):
-        drafts.append(encoder.draft(sample, 0))
-        latents.append(encoder.latents(sample))
+        drafts += encoder.drafts([sample], 0)
+        latents += encoder.latents([sample])
         listener(Event("measure", len(boxes) + number + 1, 2 * len(boxes)))
     voxels = sum(box.voxels for box in boxes)
 

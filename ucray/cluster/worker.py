@@ -54,11 +54,11 @@ class ShardEncoder:
         """Drafts of all chunks of shard `index` in grid order, from its voxels inside the volume."""
         grid = self._settings.grid
         corner = grid.shard_box(index).start
-        found = []
+        chunks, origins = [], []
         for _, origin, box in grid.chunk_boxes(index):
-            within = box.shifted((-corner[0], -corner[1], -corner[2]))
-            found.append(self._encoder.draft(voxels[within.slices], self._settings.quality, origin))
-        return found
+            chunks.append(voxels[box.shifted((-corner[0], -corner[1], -corner[2])).slices])
+            origins.append(origin)
+        return self._encoder.drafts(chunks, self._settings.quality, origins)
 
 
 class ShardWriter:

@@ -1,13 +1,13 @@
 """Chunks of voxels to bytes and back: normalisation, fill, choice of kind, reconstruction.
 
-Encoding has two halves, so that a GPU does the first and CPUs the second: `ChunkEncoder.draft` runs
+Encoding has two halves, so that a GPU does the first and CPUs the second: `ChunkEncoder.drafts` runs
 the networks, `pack` codes the integers that come out. Decoding needs the stream and a student.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from ucray.codec.bitstream import Chunk, Kind, NeuralBody, read_chunk, write_chu
 from ucray.codec.codebook import quantise_codes
 from ucray.codec.fill import fill_mask, inpaint, keep_off_fill, pack_mask, unpack_exactly, unpack_mask
 from ucray.codec.network import Analysis, Synthesis, load_network
+from ucray.codec.rate import ROUNDING
 from ucray.codec.weights import Weights
 from ucray.errors import ChunkError, DtypeError, SettingsError
 from ucray.grid import Box, Shape3, format_shape, triple
@@ -28,6 +29,7 @@ from ucray.quality import ErrorSum
 
 Voxels = npt.NDArray[np.generic]
 Network = TypeVar("Network", bound=torch.nn.Module)
+Item = TypeVar("Item")
 
 DTYPES = ("uint8", "uint16", "int16", "float32")
 """Voxel types that are served."""
@@ -36,6 +38,13 @@ RAW_LEVEL = 3
 """zstd level of raw chunks."""
 
 LARGEST_SYMBOL = 32767
+
+PAIR = 2
+"""Chunks that go through the networks together, always as many: a lone one is doubled.
+
+PyTorch convolves a batch of one on a CPU by a path that is five times slower and rounds differently.
+With one fixed batch the result for a chunk depends on nothing but the chunk.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ class Draft:
     """One chunk between the two halves of encoding: integers, no voxels.
 
     `codes`, `symbols` and `quality` belong to a neural chunk; `value` to a constant one; `raw` is a
-    zstd frame, present where it might be the shorter form. `error` is that of the neural form.
+    zstd frame, present where it might be the shorter form. `error` is that of the neural form;
+    `neural` is False where there can be none.
     """
 
     origin: Shape3 | None
@@ -99,6 +109,7 @@ class Draft:
     codes: npt.NDArray[np.uint8]
     symbols: npt.NDArray[np.int16]
     error: ErrorSum
+    neural: bool
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,15 @@ class Packed:
     data: bytes
     kind: Kind
     error: ErrorSum
+
+
+@dataclass(frozen=True)
+class Coded:
+    """The integers of one neural chunk: codes (stages, z, y, x), symbols (latents, Z, Y, X), quality."""
+
+    codes: npt.NDArray[np.uint8]
+    symbols: npt.NDArray[np.integer]
+    quality: int
 
 
 @dataclass(frozen=True)
@@ -166,7 +186,7 @@ class ChunkDecoder:
             codes, symbols = entropy.decode(
                 self._stream, chunk.body.words, chunk.body.escapes, self._code_grid, chunk.body.quality
             )
-            voxels = self.reconstruct(codes, symbols, chunk.body.quality)
+            (voxels,) = self.reconstruct([Coded(codes, symbols, chunk.body.quality)])
         elif chunk.kind is Kind.CONSTANT:
             if len(chunk.body) != dtype.itemsize:
                 raise ChunkError("a constant chunk that does not hold one value")
@@ -179,21 +199,25 @@ class ChunkDecoder:
         mask = unpack_mask(chunk.mask, self.format.shape) if chunk.mask else np.zeros(self.format.shape, bool)
         return keep_off_fill(voxels, mask, self.format.fill_value)
 
-    def reconstruct(
-        self, codes: npt.NDArray[np.uint8], symbols: npt.NDArray[np.integer], quality: int
-    ) -> Voxels:
+    def reconstruct(self, coded: Sequence[Coded]) -> list[Voxels]:
         """The networks' half of decoding: integers to voxels, before fill is put back."""
-        log_gain = self._stream.log_gain(quality)
-        step = np.exp2(-log_gain).astype(np.float32)[:, None, None, None]
-        y_hat = torch.from_numpy(self._stream.means(codes) + symbols.astype(np.float32) * step)
+        return [voxels for pair in _pairs(coded) for voxels in self._reconstruct_pair(pair)]
+
+    def _reconstruct_pair(self, pair: Sequence[Coded]) -> list[Voxels]:
+        full = _doubled(pair)
+        y_hat = []
+        for one in full:
+            step = np.exp2(-self._stream.log_gain(one.quality)).astype(np.float32)[:, None, None, None]
+            y_hat.append(self._stream.means(one.codes) + one.symbols.astype(np.float32) * step)
+        gains = [float(self._stream.log_gain(one.quality).mean()) for one in full]
+        codes = torch.from_numpy(np.stack([one.codes for one in full]).astype(np.int64)).to(self._device)
         with torch.inference_mode():
-            indices = torch.from_numpy(codes.astype(np.int64)).to(self._device)
-            entries = [book[code] for book, code in zip(self._codebook, indices, strict=True)]
-            prior = torch.stack(entries).sum(dim=0).permute(3, 0, 1, 2)
-            gain = torch.full((1,), float(log_gain.mean()), device=self._device)
-            x_hat = self._synthesis(_channels_last(y_hat[None].to(self._device)), prior[None], gain)
-            values = x_hat[0, 0] * self.format.scale + self.format.offset
-        return _to_dtype(values.cpu().numpy(), self.format.dtype)
+            entries = [book[code] for book, code in zip(self._codebook, codes.unbind(1), strict=True)]
+            prior = torch.stack(entries).sum(dim=0).permute(0, 4, 1, 2, 3)
+            latents = _channels_last(torch.from_numpy(np.stack(y_hat)).to(self._device))
+            x_hat = self._synthesis(latents, prior, torch.tensor(gains, device=self._device))
+            values = (x_hat[:, 0] * self.format.scale + self.format.offset).cpu().numpy()
+        return [_to_dtype(one, self.format.dtype) for one in values[: len(pair)]]
 
     @property
     def _code_grid(self) -> Shape3:
@@ -201,11 +225,7 @@ class ChunkDecoder:
 
 
 class ChunkEncoder:
-    """Encodes chunks: networks and, with `pack`, entropy coding.
-
-    Chunks go through the networks one by one on a CPU, so that their bytes do not depend on their
-    company; a convolution library may round differently for another batch size.
-    """
+    """Encodes chunks: networks and, with `pack`, entropy coding."""
 
     def __init__(self, weights: Weights, chunk: ChunkFormat, *, device: str = "cpu") -> None:
         self.decoder = ChunkDecoder(weights, chunk, device=device)
@@ -219,53 +239,98 @@ class ChunkEncoder:
         load_network(weights, "analysis", self._analysis)
         self._analysis = _ready(self._analysis, self._device)
 
-    def latents(self, voxels: Voxels) -> Latents:
-        """Run the analysis on one chunk (z, y, x), cut off by the volume's end or not."""
-        padded = self._padded(voxels)
-        mask = torch.from_numpy(fill_mask(padded, self.format.fill_value))[None, None]
-        # What overflows here comes out of the networks as no number, and `draft` codes it raw.
+    def latents(self, chunks: Sequence[Voxels]) -> list[Latents]:
+        """Run the analysis on chunks (z, y, x), cut off by the volume's end or not."""
+        return [latents for pair in _pairs(chunks) for latents in self._latents_pair(pair)]
+
+    def _latents_pair(self, pair: Sequence[Voxels]) -> list[Latents]:
+        padded = np.stack([self._padded(voxels) for voxels in _doubled(pair)])[:, None]
+        mask = torch.from_numpy(fill_mask(padded, self.format.fill_value))
+        # What overflows here comes out of the networks as no number, and `drafts` codes it raw.
         with np.errstate(over="ignore"):
             values = padded.astype(np.float32) - np.float32(self.format.offset)
             values /= np.float32(self.format.scale)
         with torch.inference_mode():
-            x = inpaint(torch.from_numpy(values)[None, None].to(self._device), mask.to(self._device))
+            x = inpaint(torch.from_numpy(values).to(self._device), mask.to(self._device))
             y, z = self._analysis(_channels_last(x))
-            codes = quantise_codes(self._codebook, z)[0].to(torch.uint8).cpu().numpy()
-        return Latents(codes, y[0].cpu().numpy() - self.stream.means(codes))
+            codes = quantise_codes(self._codebook, z).to(torch.uint8).cpu().numpy()
+        return [
+            Latents(one, latents - self.stream.means(one))
+            for one, latents in list(zip(codes, y.cpu().numpy(), strict=True))[: len(pair)]
+        ]
 
-    def draft(self, voxels: Voxels, quality: int, origin: Shape3 | None = None) -> Draft | None:
-        """First half of encoding one chunk (z, y, x); None if it is nothing but fill."""
+    def drafts(
+        self, chunks: Sequence[Voxels], quality: int, origins: Sequence[Shape3 | None] | None = None
+    ) -> list[Draft | None]:
+        """First half of encoding chunks (z, y, x); None for one that is nothing but fill."""
+        places = origins if origins is not None else [None] * len(chunks)
+        found = [
+            self._exact_draft(voxels, quality, origin) for voxels, origin in zip(chunks, places, strict=True)
+        ]
+        neural = [
+            index
+            for index, draft in enumerate(found)
+            if draft is not None and not draft.value and draft.neural
+        ]
+        latents = self.latents([chunks[index] for index in neural])
+        symbols = [self.symbols(one, quality) for one in latents]
+        coded = [Coded(one.codes, rounded, quality) for one, rounded in zip(latents, symbols, strict=True)]
+        decoded = self.decoder.reconstruct(coded)
+        for index, one, rounded, voxels in zip(neural, latents, symbols, decoded, strict=True):
+            draft = found[index]
+            assert draft is not None
+            found[index] = self._neural_draft(draft, chunks[index], one, rounded, voxels)
+        return found
+
+    def _exact_draft(self, voxels: Voxels, quality: int, origin: Shape3 | None) -> Draft | None:
+        """What needs no network: fill, constants, numbers that are none; and the raw form of the rest."""
         mask = fill_mask(voxels, self.format.fill_value)
         if mask.all():
             return None
         padded = self._padded(voxels)
         packed_mask = pack_mask(fill_mask(padded, self.format.fill_value)) if mask.any() else b""
-        empty = Draft(
-            origin, packed_mask, b"", b"", quality, np.empty(0, np.uint8), np.empty(0, np.int16), ErrorSum()
+        draft = Draft(
+            origin,
+            packed_mask,
+            b"",
+            b"",
+            quality,
+            np.empty(0, np.uint8),
+            np.empty(0, np.int16),
+            ErrorSum(),
+            True,
         )
         if (kept := voxels[~mask]).min() == kept.max():
-            return replace(empty, value=_little_endian(kept[0]), error=ErrorSum(voxels.size))
+            return replace(draft, value=_little_endian(kept[0]), error=ErrorSum(voxels.size), neural=False)
         raw = bytes(zstd.compress(_little_endian(padded), RAW_LEVEL))
         if not np.isfinite(kept.astype(np.float64)).all():
-            return replace(empty, mask=b"", raw=raw, error=ErrorSum(voxels.size))
-        latents = self.latents(voxels)
-        if not np.isfinite(latents.centred).all():
-            return replace(empty, mask=b"", raw=raw, error=ErrorSum(voxels.size))
-        symbols = self.symbols(latents, quality)
+            return replace(draft, mask=b"", raw=raw, error=ErrorSum(voxels.size), neural=False)
+        return replace(draft, raw=raw)
+
+    def _neural_draft(
+        self,
+        draft: Draft,
+        voxels: Voxels,
+        latents: Latents,
+        symbols: npt.NDArray[np.int16],
+        decoded: Voxels,
+    ) -> Draft:
+        mask = fill_mask(voxels, self.format.fill_value)
         inside = Box((0, 0, 0), triple(iter(voxels.shape))).slices
-        decoded = self.decoder.reconstruct(latents.codes, symbols, quality)[inside]
-        error = ErrorSum.between(voxels, keep_off_fill(decoded, mask, self.format.fill_value))
-        if not math.isfinite(error.squared):
-            return replace(empty, mask=b"", raw=raw, error=ErrorSum(voxels.size))
+        error = ErrorSum.between(voxels, keep_off_fill(decoded[inside], mask, self.format.fill_value))
+        if not (np.isfinite(latents.centred).all() and math.isfinite(error.squared)):
+            return replace(draft, mask=b"", error=ErrorSum(voxels.size), neural=False)
         # At worst a letter takes 24 bits, an escape 3 bytes more: a raw form longer than that cannot win.
-        keep_raw = len(raw) < 6 * symbols.size + 3 * latents.codes.size + 16
-        return replace(empty, raw=raw if keep_raw else b"", codes=latents.codes, symbols=symbols, error=error)
+        keep_raw = len(draft.raw) < 6 * symbols.size + 3 * latents.codes.size + 16
+        raw = draft.raw if keep_raw else b""
+        return replace(draft, raw=raw, codes=latents.codes, symbols=symbols, error=error)
 
     def symbols(self, latents: Latents, quality: int) -> npt.NDArray[np.int16]:
         """Round latents at a quality: int16 (latents, Z, Y, X)."""
         gain = np.exp2(self.stream.log_gain(quality))[:, None, None, None]
-        rounded = np.rint(latents.centred * gain)
-        return np.clip(rounded, -LARGEST_SYMBOL, LARGEST_SYMBOL).astype(np.int16)
+        with np.errstate(invalid="ignore", over="ignore"):
+            rounded = round_latents(latents.centred * gain)
+            return np.clip(rounded, -LARGEST_SYMBOL, LARGEST_SYMBOL).astype(np.int16)
 
     def size_at(self, draft: Draft | None, latents: Latents, quality: int) -> int:
         """Bytes that a drafted chunk takes at another quality; `latents` are those of its voxels."""
@@ -275,7 +340,8 @@ class ChunkEncoder:
 
     def encode(self, voxels: Voxels, quality: int, origin: Shape3 | None = None) -> Packed:
         """Both halves of encoding one chunk."""
-        return pack(self.draft(voxels, quality, origin), self.stream, self._digest)
+        (draft,) = self.drafts([voxels], quality, [origin])
+        return pack(draft, self.stream, self._digest)
 
     def _padded(self, voxels: Voxels) -> Voxels:
         if any(n > c for n, c in zip(voxels.shape, self.format.shape, strict=True)):
@@ -300,6 +366,11 @@ def pack(draft: Draft | None, stream: entropy.StreamTables, stream_digest: str) 
         if not raw or len(data) < len(raw):
             return Packed(data, Kind.NEURAL, draft.error)
     return Packed(raw, Kind.RAW, ErrorSum(draft.error.voxels))
+
+
+def round_latents(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The encoder's rounding of scaled latents to whole numbers; see `ucray.codec.rate.ROUNDING`."""
+    return np.sign(values) * np.floor(np.abs(values) + np.float32(ROUNDING))
 
 
 def device_for(name: str) -> str:
@@ -331,6 +402,15 @@ def _to_dtype(values: npt.NDArray[np.float32], dtype: str) -> Voxels:
 def _little_endian(voxels: Voxels | np.generic) -> bytes:
     array = np.ascontiguousarray(voxels)
     return array.astype(array.dtype.newbyteorder("<")).tobytes()
+
+
+def _pairs(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), PAIR):
+        yield items[start : start + PAIR]
+
+
+def _doubled(pair: Sequence[Item]) -> list[Item]:
+    return [pair[min(place, len(pair) - 1)] for place in range(PAIR)]
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:

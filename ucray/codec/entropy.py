@@ -81,12 +81,12 @@ class StreamTables:
 
     def means(self, codes: Codes) -> npt.NDArray[np.float32]:
         """Mean of every latent before the gain: (latents, Z, Y, X)."""
-        means: npt.NDArray[np.float32] = self._spread(self.mean, codes).astype(np.float32)
-        return means * self.mean_step[:, None, None, None]
+        means = self._spread(self.mean, codes).astype(np.float32) * self.mean_step[:, None, None, None]
+        return np.asarray(means, dtype=np.float32)
 
     def log_gain(self, quality: int) -> npt.NDArray[np.float32]:
         """log2 of the gain of each latent at `quality`: (latents,)."""
-        return self.gain[quality].astype(np.float32) / SCALE_UNITS
+        return np.asarray(self.gain[quality] / SCALE_UNITS, dtype=np.float32)
 
     def _spread(self, table: npt.NDArray[np.int8], codes: Codes) -> npt.NDArray[np.int32]:
         chosen = table[0][codes[0]].astype(np.int32)
@@ -197,7 +197,7 @@ def to_frequencies(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
     frequencies = np.floor(share).astype(np.int64) + 1
     missing = TOTAL - int(frequencies.sum())
     frequencies[np.argsort(-(share - np.floor(share)), kind="stable")[:missing]] += 1
-    return frequencies.astype(np.uint16)
+    return np.asarray(frequencies, dtype=np.uint16)
 
 
 def _model(frequencies: npt.NDArray[np.uint16]) -> constriction.stream.model.Categorical:

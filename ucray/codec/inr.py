@@ -35,8 +35,8 @@ class CoordinateNetwork(nn.Module):
     def forward(self, features: Tensor, coordinates: Tensor) -> Tensor:
         """Values (..., points) of features (..., width) at coordinates (points, 3) in [-1, 1]."""
         scale, shift = self.modulate(encode_coordinates(coordinates)).chunk(2, dim=-1)
-        hidden = functional.relu(features.unsqueeze(-2) * (1.0 + scale) + shift)
-        hidden = functional.relu(self.hidden(hidden))
+        hidden = functional.relu(torch.addcmul(shift, features.unsqueeze(-2), 1.0 + scale), inplace=True)
+        hidden = functional.relu(self.hidden(hidden), inplace=True)
         return torch.as_tensor(self.value(hidden).squeeze(-1))
 
 
@@ -50,11 +50,3 @@ def encode_coordinates(coordinates: Tensor) -> Tensor:
     """Coordinates (points, 3) with their sines and cosines: (points, 3 + 6 * OCTAVES)."""
     angles = [coordinates * (math.pi * 0.5 * 2**octave) for octave in range(OCTAVES)]
     return torch.cat([coordinates, *(f(a) for a in angles for f in (torch.sin, torch.cos))], dim=-1)
-
-
-def cells_to_volume(values: Tensor, cell: Shape3) -> Tensor:
-    """Lay values (batch, z, y, x, voxels of a cell) out as a volume (batch, 1, Z, Y, X)."""
-    batch, z, y, x, _ = values.shape
-    a, b, c = cell
-    values = values.reshape(batch, z, y, x, a, b, c).permute(0, 1, 4, 2, 5, 3, 6)
-    return values.reshape(batch, 1, z * a, y * b, x * c)

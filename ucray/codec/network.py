@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ucray.codec.inr import CoordinateNetwork, cell_coordinates, cells_to_volume
-from ucray.codec.wavelet import WaveletPacket
+from ucray.codec.inr import CoordinateNetwork, cell_coordinates
+from ucray.codec.wavelet import WaveletPacket, cells_to_volume
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig, SynthesisConfig
 from ucray.errors import WeightsError

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ucray.codec.chunk import round_latents
 from ucray.codec.codebook import quantise_codes
 from ucray.codec.entropy import SCALE_UNITS, StreamTables, logistic_weights, to_frequencies
 from ucray.codec.network import Synthesis, load_network
@@ -134,7 +135,7 @@ def _count(
             centred = one_y - draft.means(one_codes)
             for quality in CALIBRATION_QUALITIES:
                 gain = np.exp2(draft.log_gain(quality))[:, None, None, None]
-                symbols = np.rint(centred * gain).astype(np.int64).reshape(-1)
+                symbols = round_latents(centred * gain).astype(np.int64).reshape(-1)
                 tables = draft.table_indices(one_codes, quality).reshape(-1)
                 for table in np.unique(tables):
                     found = symbols[tables == table]

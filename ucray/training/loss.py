@@ -16,6 +16,7 @@ from torch.nn import functional
 from ucray.codec.codebook import ResidualCodebook, quantise_codes
 from ucray.codec.network import Analysis, Synthesis
 from ucray.codec.prior import LatentPrior, lambda_of, rate_in_bits
+from ucray.codec.rate import ROUNDING
 from ucray.config import QUALITIES, CodecConfig
 
 COMMITMENT = 0.02
@@ -119,7 +120,7 @@ class Distillation(nn.Module):
 
 
 def frozen_stream(coder: Coder, x: Tensor, quality: Tensor) -> Stream:
-    """The stream as it will be coded: true rounding, true codes, no noise, no learning."""
+    """The stream as it will be coded: the encoder's rounding, true codes, no noise, no learning."""
     y, z = coder.analysis(x)
     codes = quantise_codes(coder.codebook.entries, z)
     flat = codes.permute(0, 2, 3, 4, 1)
@@ -129,7 +130,8 @@ def frozen_stream(coder: Coder, x: Tensor, quality: Tensor) -> Stream:
     prior = prior.permute(0, 4, 1, 2, 3)
     log_gain = coder.prior.gain_at(quality)
     spread = log_gain[:, :, None, None, None]
-    rounded = ((y - mean) * torch.exp2(spread)).round()
+    scaled = (y - mean) * torch.exp2(spread)
+    rounded = scaled.sign() * (scaled.abs() + ROUNDING).floor()
     bits = rate_in_bits(rounded, log_scale + spread).sum(dim=(1, 2, 3, 4))
     return Stream(mean + rounded * torch.exp2(-spread), prior, log_gain.mean(dim=1), bits, torch.zeros(()))
 
