@@ -232,7 +232,7 @@ def test_training_inside_a_compress_job_is_kept_and_used_again(
 def test_two_workers_train_together_from_weights_of_another_domain(
     source: str, weights_file: str, tmp_path: Path, ray_running: None
 ) -> None:
-    settings = ucray.TrainingConfig(teacher_steps=2, student_steps=2, batch=1)
+    settings = ucray.TrainingConfig(teacher_steps=2, student_steps=2, batch=2)
     target = tmp_path / "tuned.safetensors"
     tuned = ucray.train(source, str(target), settings, init=weights_file, workers=2)
     start = ucray.load_weights(weights_file)

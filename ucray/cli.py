@@ -60,7 +60,7 @@ def train(
     train_steps: Annotated[int, typer.Option(min=0, help="Steps of the teacher.")] = 1200,
     student_steps: Annotated[int, typer.Option(min=1, help="Steps of the student.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Chunks a step and worker.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     init: Annotated[str | None, typer.Option(help="Weights of another domain to start from.")] = None,
     workers: Workers = 1,

@@ -63,7 +63,7 @@ class CodecConfig(Settings):
         latent_width=128, latent_blocks=3, grid_width=48, grid_blocks=2, inr_width=8
     )
     student: SynthesisConfig = SynthesisConfig(
-        latent_width=48, latent_blocks=2, grid_width=32, grid_blocks=1, inr_width=8
+        latent_width=64, latent_blocks=2, grid_width=32, grid_blocks=1, inr_width=8
     )
 
     @property
@@ -125,5 +125,5 @@ class TrainingConfig(Settings):
     teacher_steps: Annotated[int, Field(ge=0)] = 1200
     student_steps: Annotated[int, Field(ge=1)] = 500
     batch: Annotated[int, Field(ge=1, le=4096)] = 4
-    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 3e-3
     seed: Annotated[int, Field(ge=0)] = 0

@@ -11,18 +11,18 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import pyarrow.fs
 import ray
 import ray.data
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from ucray.cluster.allocator import keep_freed_memory
@@ -37,10 +37,13 @@ from ucray.errors import JobError, SettingsError, UcrayError
 from ucray.grid import Box, Shape3
 from ucray.storage.volume import Volume
 from ucray.training.distill import START_TILES, Trainer
-from ucray.training.tiles import TileSampler, prepare_tiles
+from ucray.training.tiles import TileSampler, is_tissue, prepare_tiles
 
 TILES = 192
 """Tiles sampled over the volume."""
+
+TILES_PER_WORKER = 8
+"""Tiles a worker must have at least for a share of them to do."""
 
 CALIBRATION_BATCHES = 32
 CHECKPOINT_STEPS = 200
@@ -136,7 +139,12 @@ def _fit(
     storage: str | None,
     listener: Listener,
 ) -> Weights:
-    dataset = ray.data.read_datasource(BoxSource(volume, [(str(box), box) for box in boxes]), num_cpus=0.25)
+    source = BoxSource(volume, [(str(box), box) for box in boxes])
+    dataset = ray.data.read_datasource(source, num_cpus=0.25).filter(
+        partial(_is_tissue, dtype=job.dtype, fill_value=job.fill_value), num_cpus=0.25
+    )
+    # A small volume has few tiles: then every worker gets all of them.
+    split = ["tiles"] if len(boxes) >= TILES_PER_WORKER * workers else []
     with tempfile.TemporaryDirectory(prefix="ucray-train-") as scratch, _followed(job, listener) as board:
         path, filesystem = _place(storage or scratch, volume.endpoint_url)
         trainer = TorchTrainer(
@@ -152,6 +160,7 @@ def _fit(
                 failure_config=FailureConfig(max_failures=2),
             ),
             datasets={"tiles": dataset},
+            dataset_config=DataConfig(datasets_to_split=split),
         )
         try:
             result = trainer.fit()
@@ -174,7 +183,7 @@ def _work(loop: dict[str, Any]) -> None:
     keep_freed_memory()
     torch.set_num_threads(job.threads)
     rows = (one_row(batch) for batch in ray.train.get_dataset_shard("tiles").iter_batches(batch_size=1))
-    tiles = prepare_tiles(_readable(rows, job.dtype), job.fill_value, job.offset, job.scale)
+    tiles = prepare_tiles((voxels_of(row, job.dtype) for row in rows), job.fill_value, job.offset, job.scale)
     device = ray.train.torch.get_device()
     trainer = Trainer(
         job.config,
@@ -207,10 +216,8 @@ def _work(loop: dict[str, Any]) -> None:
     _report(files, figures)
 
 
-def _readable(rows: Iterator[dict[str, Any]], dtype: str) -> Iterator[np.ndarray[Any, Any]]:
-    for row in rows:
-        if not row["error"]:
-            yield voxels_of(row, dtype)
+def _is_tissue(row: dict[str, Any], dtype: str, fill_value: float) -> bool:
+    return not row["error"] and is_tissue(voxels_of(row, dtype), fill_value)
 
 
 def _from_first(tensor: torch.Tensor) -> torch.Tensor:

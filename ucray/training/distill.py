@@ -34,6 +34,9 @@ WARM_UP = 40
 TABLE_SPEED = 10.0
 """Learning rate of the prior's tables against the networks': each entry meets few of the blocks."""
 
+STUDENT_SPEED = 3.0
+"""Learning rate of the student against the teacher's: it is narrower, and starts on a fixed stream."""
+
 START_TILES = 32
 """Chunks from which the linear parts are started."""
 
@@ -198,7 +201,7 @@ class Trainer:
         tables = [] if stage == 2 else [prior.mean, prior.log_scale, prior.base, prior.log_gain]
         quick = {id(parameter) for parameter in tables}
         others = [p for p in module.parameters() if p.requires_grad and id(p) not in quick]
-        groups: list[dict[str, Any]] = [{"params": others, "speed": 1.0}]
+        groups: list[dict[str, Any]] = [{"params": others, "speed": 1.0 if stage == 1 else STUDENT_SPEED}]
         if tables:
             groups.append({"params": tables, "speed": TABLE_SPEED, "weight_decay": 0.0})
         self._optimizer = torch.optim.AdamW(

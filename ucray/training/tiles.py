@@ -33,7 +33,7 @@ def prepare_tiles(
     tiles = []
     for tile in voxels:
         mask = fill_mask(tile, fill_value)
-        if mask.mean() > LARGEST_FILL_SHARE or not np.isfinite(tile.astype(np.float64)).all():
+        if not is_tissue(tile, fill_value):
             continue
         values = (tile.astype(np.float32) - np.float32(offset)) / np.float32(scale)
         filled = inpaint(torch.from_numpy(values)[None, None], torch.from_numpy(mask)[None, None])
@@ -41,6 +41,12 @@ def prepare_tiles(
     if not tiles:
         raise SourceError("the sampled tiles hold nothing but fill; there is nothing to train on")
     return tiles
+
+
+def is_tissue(tile: npt.NDArray[np.generic], fill_value: float) -> bool:
+    """Whether a tile can teach: not mostly fill, and every voxel a number."""
+    mask = fill_mask(tile, fill_value)
+    return bool(mask.mean() <= LARGEST_FILL_SHARE and np.isfinite(tile[~mask].astype(np.float64)).all())
 
 
 class TileSampler:
