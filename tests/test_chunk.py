@@ -320,6 +320,22 @@ def test_the_same_chunk_gives_the_same_bytes(
     assert first == again == fresh == in_halves
 
 
+def test_the_bytes_of_a_chunk_do_not_depend_on_its_company(
+    tiny_weights: Weights, chunk_format: Formats, voxels_of: VoxelsOf
+) -> None:
+    chunk = chunk_format("uint8")
+    encoder = encoder_of(tiny_weights, chunk)
+    chunks = [voxels_of(chunk, FULL, seed) for seed in range(5)]
+    alone = [encoder.encode(voxels, QUALITY) for voxels in chunks]
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for company in (chunks, chunks[::-1]):
+            drafts = encoder.drafts(company, QUALITY)
+            together = [pack(draft, tiny_weights.stream, tiny_weights.stream_digest) for draft in drafts]
+            assert together == (alone if company is chunks else alone[::-1])
+    torch.set_num_threads(1)
+
+
 def test_encoding_leaves_the_voxels_alone(
     tiny_weights: Weights, chunk_format: Formats, voxels_of: VoxelsOf
 ) -> None:

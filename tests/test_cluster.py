@@ -242,6 +242,19 @@ def test_two_workers_train_together_from_weights_of_another_domain(
         ucray.train(source, str(target), settings)
 
 
+def test_damage_ends_decompress_with_the_error_s_own_name(
+    source: str, weights_file: str, tmp_path: Path, ray_running: None
+) -> None:
+    _serial(source, tmp_path / "a", weights_file)
+    shard = tmp_path / "a" / shard_key((0, 1, 0))
+    data = bytearray(shard.read_bytes())
+    data[40] ^= 1
+    shard.write_bytes(bytes(data))
+    for serial in (True, False):
+        with pytest.raises(ArchiveError, match="checksum"):
+            ucray.decompress(str(tmp_path / "a"), str(tmp_path / f"plain-{serial}"), serial=serial)
+
+
 # Verification
 
 

@@ -6,7 +6,10 @@ import json
 import pickle  # what Ray does to a volume that it sends to a worker
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import google_crc32c
@@ -204,6 +207,20 @@ def test_what_is_no_volume_is_refused(tmp_path: Path) -> None:
 def test_a_source_in_a_bucket_that_is_not_there_is_refused(store: ObjectStore) -> None:
     with pytest.raises((SourceError, StorageError)):
         open_volume("s3://nobody/volume.zarr", endpoint_url=store.endpoint)
+
+
+def test_a_volume_is_read_over_http(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.zarr", (4, 5, 6))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        box = Box((0, 1, 2), (4, 5, 6))
+        served = open_volume(f"{url}/a.zarr").read(box)
+        np.testing.assert_array_equal(served, open_volume(str(path)).read(box))
+        with pytest.raises(SourceError, match="does not exist"):
+            open_volume(f"{url}/none.zarr")
+        server.shutdown()
 
 
 def test_damaged_source_bytes_are_a_source_error(tmp_path: Path) -> None:

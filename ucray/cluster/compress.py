@@ -19,7 +19,7 @@ from pydantic import Field
 from ucray.cluster.ingest import BoxSource, Row, one_row, one_row_batch, voxels_of
 from ucray.cluster.plan import CompressPlan
 from ucray.cluster.rate import measure_volume
-from ucray.cluster.session import ray_session, resources
+from ucray.cluster.session import failure, ray_session, resources
 from ucray.cluster.telemetry import Event, Listener, Telemetry
 from ucray.cluster.worker import EncodeJob, ShardEncoder, ShardWriter, WriteJob
 from ucray.codec.weights import Weights
@@ -104,13 +104,14 @@ def prepare(
         If the place holds anything else.
     """
     fingerprint = plan.with_weights(weights.digest, training)
+    volume = plan.volume
     archive = find_archive(objects)
     if archive is not None:
         check_same(archive, fingerprint)
+        settings = archive.settings
     else:
         check_empty(objects)
         measured = measure_volume(plan, weights, device, listener)
-        volume = plan.volume
         settings = ArchiveSettings(
             fingerprint=fingerprint,
             source=volume.url,
@@ -128,10 +129,9 @@ def prepare(
             data_range=measured.data_range,
             weights_digest=weights.digest,
         )
-        name = volume.url.rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr")
-        archive = create_archive(objects, settings, weights, volume.space.within(plan.region.start), name)
-    # Also on resume: a run that died right after the group's metadata left the array's unwritten.
-    return create_archive(objects, archive.settings, weights, plan.volume.space.within(plan.region.start), "")
+    # Also where the archive was found: a run that died in between left the array's metadata unwritten.
+    name = volume.url.rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr")
+    return create_archive(objects, settings, weights, volume.space.within(plan.region.start), name)
 
 
 def check_empty(objects: Objects) -> None:
@@ -250,8 +250,8 @@ def _on_ray(
         try:
             for row in rows.iter_rows():
                 yield _outcome(row)
-        except ray.exceptions.RayError as error:
-            raise JobError(f"the Ray job failed: {' '.join(str(error).split())[:300]}") from error
+        except Exception as error:
+            raise failure(error, "the Ray job") from error
 
 
 class _EncodeRow:

@@ -10,8 +10,7 @@ import ray
 import ray.data
 
 from ucray.cluster.ingest import one_row, one_row_batch
-from ucray.cluster.session import ray_session, resources
-from ucray.errors import JobError
+from ucray.cluster.session import failure, ray_session, resources
 from ucray.grid import Shape3, triple
 
 Found = TypeVar("Found")
@@ -55,8 +54,8 @@ def over_shards(
         try:
             for row in rows.iter_rows():
                 yield row["found"].value
-        except ray.exceptions.RayError as error:
-            raise JobError(f"the Ray job failed: {' '.join(str(error).split())[:300]}") from error
+        except Exception as error:
+            raise failure(error, "the Ray job") from error
 
 
 class _Found(Generic[Found]):

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import ray.data
 
-from ucray.errors import JobError
+from ucray.errors import JobError, UcrayError
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,18 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def failure(error: Exception, job: str) -> UcrayError:
+    """The error of ours inside what Ray wraps around it, or a JobError that names the innermost one."""
+    inner: BaseException = error
+    while not isinstance(inner, UcrayError) or isinstance(inner, ray.exceptions.RayTaskError):
+        group = [*getattr(inner, "worker_failures", {}).values()]
+        deeper = getattr(inner, "cause", None) or (group[0] if group else None) or inner.__cause__
+        if not isinstance(deeper, BaseException):
+            return JobError(f"{job} failed: {type(inner).__name__}: {' '.join(str(inner).split())[:300]}")
+        inner = deeper
+    return inner
 
 
 def _nodes() -> list[dict[str, Any]]:

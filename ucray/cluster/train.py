@@ -28,12 +28,12 @@ from ray.train.torch import TorchTrainer
 from ucray.cluster.allocator import keep_freed_memory
 from ucray.cluster.ingest import BoxSource, one_row, voxels_of
 from ucray.cluster.plan import config_for, sample_boxes, training_boxes
-from ucray.cluster.session import Resources, resources
+from ucray.cluster.session import Resources, failure, resources
 from ucray.cluster.telemetry import Event, Listener
 from ucray.codec.chunk import normalisation
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig, TrainingConfig, default_chunk
-from ucray.errors import JobError, SettingsError, UcrayError
+from ucray.errors import JobError, SettingsError
 from ucray.grid import Box, Shape3
 from ucray.storage.volume import Volume
 from ucray.training.distill import START_TILES, Trainer
@@ -140,8 +140,8 @@ def _fit(
     listener: Listener,
 ) -> Weights:
     source = BoxSource(volume, [(str(box), box) for box in boxes])
-    dataset = ray.data.read_datasource(source, num_cpus=0.25).filter(
-        partial(_is_tissue, dtype=job.dtype, fill_value=job.fill_value), num_cpus=0.25
+    dataset = ray.data.read_datasource(source, num_cpus=0.25).map_batches(
+        partial(_tissue_rows, dtype=job.dtype, fill_value=job.fill_value), batch_size=1, num_cpus=0.25
     )
     # A small volume has few tiles: then every worker gets all of them.
     split = ["tiles"] if len(boxes) >= TILES_PER_WORKER * workers else []
@@ -165,10 +165,7 @@ def _fit(
         try:
             result = trainer.fit()
         except Exception as error:
-            cause = _first_cause(error)
-            if isinstance(cause, UcrayError):
-                raise cause from None
-            raise JobError(f"training failed: {' '.join(str(cause).split())[:300]}") from error
+            raise failure(error, "training") from error
         if result.checkpoint is None:
             raise JobError("training ended without a checkpoint")
         with result.checkpoint.as_directory() as folder:
@@ -216,8 +213,13 @@ def _work(loop: dict[str, Any]) -> None:
     _report(files, figures)
 
 
-def _is_tissue(row: dict[str, Any], dtype: str, fill_value: float) -> bool:
-    return not row["error"] and is_tissue(voxels_of(row, dtype), fill_value)
+def _tissue_rows(
+    batch: dict[str, np.ndarray[Any, Any]], dtype: str, fill_value: float
+) -> dict[str, np.ndarray[Any, Any]]:
+    """A batch of one tile, or of none if it cannot be read or teaches nothing."""
+    row = one_row(batch)
+    kept = not row["error"] and is_tissue(voxels_of(row, dtype), fill_value)
+    return batch if kept else {name: column[:0] for name, column in batch.items()}
 
 
 def _from_first(tensor: torch.Tensor) -> torch.Tensor:
@@ -284,12 +286,3 @@ def _place(storage: str, endpoint_url: str | None) -> tuple[str, pyarrow.fs.File
     endpoint = urlsplit(endpoint_url)
     filesystem = pyarrow.fs.S3FileSystem(endpoint_override=endpoint.netloc, scheme=endpoint.scheme)
     return parts.netloc + parts.path, filesystem
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """The error a worker raised, inside what Ray wraps around it."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        return _first_cause(failure)
-    if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-        return _first_cause(error.cause)
-    return error
