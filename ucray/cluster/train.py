@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pyarrow.fs
 import ray
 import ray.data
@@ -179,8 +180,11 @@ def _work(loop: dict[str, Any]) -> None:
     rank = context.get_world_rank()
     keep_freed_memory()
     torch.set_num_threads(job.threads)
-    rows = (one_row(batch) for batch in ray.train.get_dataset_shard("tiles").iter_batches(batch_size=1))
-    tiles = prepare_tiles((voxels_of(row, job.dtype) for row in rows), job.fill_value, job.offset, job.scale)
+    batches = ray.train.get_dataset_shard("tiles").iter_batches(batch_size=1)
+    # Tiles come in the order they were read in; a seed should give the same crops every time.
+    rows = sorted((one_row(batch) for batch in batches), key=lambda row: str(row["key"]))
+    voxels = (voxels_of(row, job.dtype) for row in rows)
+    tiles = prepare_tiles(voxels, job.fill_value, job.offset, job.scale)
     device = ray.train.torch.get_device()
     trainer = Trainer(
         job.config,
