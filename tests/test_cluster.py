@@ -232,14 +232,18 @@ def test_training_inside_a_compress_job_is_kept_and_used_again(
 def test_two_workers_train_together_from_weights_of_another_domain(
     source: str, weights_file: str, tmp_path: Path, ray_running: None
 ) -> None:
+    with pytest.raises(SourceError, match="nothing to train on"):  # more than half of it is padding
+        ucray.train(source, str(tmp_path / "none"), init=weights_file)
+    tissue = str(tmp_path / "tissue.zarr")
+    ucray.synth(tissue, SHAPE, seed=5)
     settings = ucray.TrainingConfig(teacher_steps=2, student_steps=2, batch=2)
     target = tmp_path / "tuned.safetensors"
-    tuned = ucray.train(source, str(target), settings, init=weights_file, workers=2)
+    tuned = ucray.train(tissue, str(target), settings, init=weights_file, workers=2)
     start = ucray.load_weights(weights_file)
     assert tuned.digest == ucray.load_weights(str(target)).digest != start.digest
     assert tuned.training["start"] == start.digest
     with pytest.raises(DestinationError, match="exists"):
-        ucray.train(source, str(target), settings)
+        ucray.train(tissue, str(target), settings)
 
 
 def test_damage_ends_decompress_with_the_error_s_own_name(

@@ -11,6 +11,7 @@ import ray.data
 
 from ucray.cluster.ingest import one_row, one_row_batch
 from ucray.cluster.session import failure, ray_session, resources
+from ucray.errors import UcrayError
 from ucray.grid import Shape3, triple
 
 Found = TypeVar("Found")
@@ -53,7 +54,12 @@ def over_shards(
         )
         try:
             for row in rows.iter_rows():
-                yield row["found"].value
+                found = row["found"].value
+                if isinstance(found, UcrayError):
+                    raise found
+                yield found
+        except UcrayError:
+            raise
         except Exception as error:
             raise failure(error, "the Ray job") from error
 
@@ -72,4 +78,10 @@ class _Rows:
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         key = str(one_row(batch)["key"])
         index = triple(int(part) for part in key.split("."))
-        return one_row_batch({"key": key, "found": _Found(self._worker.shard(index))})
+        found: Any
+        try:
+            found = self._worker.shard(index)
+        except UcrayError as error:
+            # As a value it keeps its name; raised, Ray would wrap it in words of its own.
+            found = error
+        return one_row_batch({"key": key, "found": _Found(found)})

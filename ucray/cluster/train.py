@@ -34,7 +34,7 @@ from ucray.cluster.telemetry import Event, Listener
 from ucray.codec.chunk import normalisation
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig, TrainingConfig, default_chunk
-from ucray.errors import JobError, SettingsError
+from ucray.errors import JobError, SettingsError, SourceError
 from ucray.grid import Box, Shape3
 from ucray.storage.volume import Volume
 from ucray.training.distill import START_TILES, Trainer
@@ -99,6 +99,8 @@ def train(
     ------
     SettingsError
         If the volume is smaller than a chunk, or `start` does not fit it.
+    SourceError
+        If the volume cannot be read, or holds nothing but fill.
     JobError
         If the workers failed more often than they are restarted.
     """
@@ -109,7 +111,10 @@ def train(
         raise SettingsError(f"chunk shape {chunk} must be a multiple of {config.stride} for this volume")
     chunk = fitting_chunk(chunk, region.shape, config)
     boxes = [box.shifted(region.start) for box in training_boxes(region.shape, chunk, tiles, settings.seed)]
-    offset, scale = normalisation([volume.read(box) for box in sample_boxes(boxes, 24)], volume.fill_value)
+    samples = [volume.read(box) for box in sample_boxes(boxes, 24)]
+    if not any(is_tissue(sample, volume.fill_value) for sample in samples):
+        raise SourceError(f"{volume.url} holds little but fill in {region}; there is nothing to train on")
+    offset, scale = normalisation(samples, volume.fill_value)
     given = resources(workers, use_gpu=use_gpu)
     record = {
         "source": volume.url,
