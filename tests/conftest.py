@@ -160,12 +160,23 @@ def bucket(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def no_credentials(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def fresh_connections() -> Iterator[None]:
+    """No S3 connection is taken over from the test before, nor left to the one after.
+
+    s3fs keeps connections by their options, and with them the credentials of their first use.
+    """
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def no_credentials(
+    store: ObjectStore, fresh_connections: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """An environment without S3 credentials of any kind."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    # s3fs keeps connections by their options, and with them the credentials of their first use.
-    s3fs.S3FileSystem.clear_instance_cache()

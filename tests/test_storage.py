@@ -15,7 +15,6 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
-import s3fs
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,9 +110,9 @@ def test_a_missing_bucket_is_named(store: ObjectStore) -> None:
         open_objects("s3://nobody/x", store.endpoint).check_place()
 
 
+@pytest.mark.usefixtures("fresh_connections")
 def test_refused_credentials_are_named(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(CredentialsError, match="refused"):
         open_objects("s3://ucray-tests/refused", store.endpoint).put_new("x", b"")
 
