@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import s3fs
 import torch
 from hypothesis import settings
 from object_store import ObjectStore
@@ -160,23 +159,15 @@ def bucket(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def fresh_connections() -> Iterator[None]:
-    """No S3 connection is taken over from the test before, nor left to the one after.
+def no_credentials(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """An environment without S3 credentials; gives an endpoint to use in it.
 
-    s3fs keeps connections by their options, and with them the credentials of their first use.
+    s3fs keeps connections by their options, and with them the credentials of their first use. The
+    server's endpoint in another spelling is another connection.
     """
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-@pytest.fixture
-def no_credentials(
-    store: ObjectStore, fresh_connections: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """An environment without S3 credentials of any kind."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
+    return store.endpoint + "/"

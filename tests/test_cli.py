@@ -189,16 +189,15 @@ def test_no_bucket_is_one_clear_line(
     assert "StorageError: bucket nobody does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_credentials")
 def test_no_credentials_are_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    store: ObjectStore,
+    no_credentials: str,
     volume: str,
     weights_file: str,
 ) -> None:
     compress = ("compress", volume, "s3://ucray-tests/em.ucray", "--weights", weights_file, "--serial")
-    assert _run(monkeypatch, *compress, "--endpoint-url", store.endpoint) == 2
+    assert _run(monkeypatch, *compress, "--endpoint-url", no_credentials) == 2
     assert "CredentialsError: no credentials" in capsys.readouterr().err
 
 

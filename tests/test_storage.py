@@ -110,17 +110,16 @@ def test_a_missing_bucket_is_named(store: ObjectStore) -> None:
         open_objects("s3://nobody/x", store.endpoint).check_place()
 
 
-@pytest.mark.usefixtures("fresh_connections")
 def test_refused_credentials_are_named(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(CredentialsError, match="refused"):
-        open_objects("s3://ucray-tests/refused", store.endpoint).put_new("x", b"")
+        # Another spelling of the endpoint: s3fs would go on with the connection of the right secret.
+        open_objects("s3://ucray-tests/refused", store.endpoint + "//").put_new("x", b"")
 
 
-@pytest.mark.usefixtures("no_credentials")
-def test_missing_credentials_are_named(store: ObjectStore) -> None:
+def test_missing_credentials_are_named(no_credentials: str) -> None:
     with pytest.raises(CredentialsError, match="AWS_ACCESS_KEY_ID"):
-        open_objects("s3://ucray-tests/missing", store.endpoint).check_place()
+        open_objects("s3://ucray-tests/missing", no_credentials).check_place()
 
 
 def test_a_dead_endpoint_is_a_storage_error() -> None:
