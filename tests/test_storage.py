@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from object_store import ObjectStore
 
 from ucray.codec.bitstream import Kind
-from ucray.codec.chunk import Packed
+from ucray.codec.encoder import Packed
 from ucray.errors import (
     ArchiveError,
     CredentialsError,

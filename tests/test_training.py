@@ -104,7 +104,7 @@ def test_the_teacher_of_one_domain_teaches_the_student_of_another(
         if not np.array_equal(made.part("student")[name], array)
     ]  # fmt: skip
     assert changed
-    for table in ("mean", "scale", "base", "gain", "codebook"):
+    for table in ("step", "unit", "base", "gain", "codebook"):
         np.testing.assert_array_equal(made.part("stream")[table], tiny_weights.part("stream")[table])
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.numpy import save
 
+from ucray.codec.context import FEATURE_UNITS, TABLES
 from ucray.codec.entropy import TOTAL
 from ucray.codec.network import Analysis, Synthesis, load_network
-from ucray.codec.weights import FORMAT, Weights
+from ucray.codec.stream import StreamModel
+from ucray.codec.weights import FORMAT, Weights, stream_tensors
 from ucray.config import CodecConfig
 from ucray.errors import WeightsError
 from ucray.training.calibrate import freeze, load_weights
@@ -85,7 +87,7 @@ def test_stream_digest_ignores_the_networks(tiny_weights: Weights) -> None:
     other = Weights(tiny_weights.config, negated)
     assert other.stream_digest == tiny_weights.stream_digest
     assert other.digest != tiny_weights.digest
-    base = with_tensors(tiny_weights, base=tiny_weights.stream.base + np.int16(1))
+    base = with_tensors(tiny_weights, base=tiny_weights.stream.context.base + np.int16(1))
     assert base.stream_digest != tiny_weights.stream_digest
 
 
@@ -102,16 +104,21 @@ def test_decoder_holds_stream_and_student_and_nothing_else(tiny_weights: Weights
 
 
 def test_part_takes_off_its_prefix(tiny_weights: Weights) -> None:
-    assert set(tiny_weights.part("stream")) >= {"codebook", "mean", "scale", "frequencies"}
+    assert set(tiny_weights.part("stream")) >= {"codebook", "step", "gain", "frequencies"}
     assert all(name.startswith("teacher.") for name in tiny_weights.part("teacher", keep_prefix=True))
     assert tiny_weights.part("nothing") == {}
 
 
 def test_stream_tables_are_the_tensors(tiny_weights: Weights) -> None:
-    stream = tiny_weights.stream
-    assert stream.code_stride == tiny_weights.config.code_stride
-    for name in ("mean", "scale", "base", "gain", "reach", "frequencies", "code_frequencies", "mean_step"):
-        np.testing.assert_array_equal(getattr(stream, name), tiny_weights.tensors[f"stream.{name}"])
+    config, stream = tiny_weights.config, tiny_weights.stream
+    assert stream.context.code_stride == config.code_stride
+    assert (stream.context.groups, stream.context.checkered) == (config.groups, config.checkered)
+    made = stream_tensors(stream)
+    stored = tiny_weights.part("stream", keep_prefix=True)
+    assert made.keys() == stored.keys()
+    for name, array in stored.items():
+        assert made[name].dtype == array.dtype
+        np.testing.assert_array_equal(made[name], array)
 
 
 def test_every_cut_is_refused(tiny_weights: Weights) -> None:
@@ -148,7 +155,7 @@ def test_foreign_safetensors_are_refused(tiny_weights: Weights) -> None:
     for data in (
         save({"weight": np.zeros(3, np.float32)}),
         save({"weight": np.zeros(3, np.float32)}, metadata={"format": "pt"}),
-        rewritten(tiny_weights, {}, key="ucray-weights-2"),
+        rewritten(tiny_weights, {}, key="ucray-weights-3"),
     ):
         with pytest.raises(WeightsError, match=FORMAT):
             Weights.from_bytes(bytes(data))
@@ -176,10 +183,11 @@ def test_headers_that_do_not_parse_are_refused(tiny_weights: Weights, header: ob
 def test_another_configuration_than_that_of_the_tables_is_refused(tiny_weights: Weights) -> None:
     config = tiny_weights.config.model_dump(mode="json")
     for change in (
-        {"latents": 9},
+        {"groups": [3, 6]},
+        {"checkered": 2},
+        {"context_width": 7},
         {"codes": 32},
         {"code_stages": 3},
-        {"code_stride": [2, 2, 1]},
         {"code_width": 5},
     ):
         with pytest.raises(WeightsError):
@@ -198,11 +206,22 @@ BAD_TABLES: dict[str, Callable[[Tensors], Tensors]] = {
     **{
         f"no {name}": lambda stream, name=name: {k: v for k, v in stream.items() if k != name}  # type: ignore[misc]
         for name in (
-            *("codebook", "mean", "scale", "mean_step", "base"),
-            *("gain", "reach", "frequencies", "code_frequencies"),
+            *("codebook", "unit", "step", "gain", "base", "deviation"),
+            *("reach", "frequencies", "code_frequencies"),
+            *("context.0.first.weight", "context.2.last.bias", "context.1.middle.shift"),
         )
     },
-    "mean of int16": lambda s: s | {"mean": s["mean"].astype(np.int16)},
+    "steps of int16": lambda s: s | {"step": s["step"].astype(np.int16)},
+    "a step of zero": lambda s: s | {"step": s["step"] * 0},
+    "a step too wide": lambda s: s | {"step": s["step"] * 0 + (1 << 21)},
+    "a unit of zero": lambda s: s | {"unit": s["unit"] * 0},
+    "a unit below zero": lambda s: s | {"unit": -s["unit"]},
+    "a unit too fine": lambda s: s | {"unit": s["unit"] * np.float32(1e-20)},
+    "a unit too coarse": lambda s: s | {"unit": s["unit"] * np.float32(1e20)},
+    "a shift out of range": lambda s: s | {"context.0.first.shift": np.array([200], np.uint8)},
+    "a context network of another shape": lambda s: (
+        s | {"context.1.first.weight": s["context.1.first.weight"][:, 1:]}
+    ),
     "frequencies of int16": lambda s: s | {"frequencies": s["frequencies"].astype(np.int16)},
     "gain of fewer qualities": lambda s: s | {"gain": s["gain"][:-1]},
     "a frequency of zero": lambda s: (
@@ -221,11 +240,11 @@ BAD_TABLES: dict[str, Callable[[Tensors], Tensors]] = {
     "a reach below zero": lambda s: s | {"reach": np.concatenate([[-1], s["reach"]]).astype(np.int16)},
     "a reach of one table": lambda s: s | {"reach": s["reach"][:1]},
     "a longer reach": lambda s: s | {"reach": s["reach"] + np.int16(1)},
-    "more tables than a byte can name": lambda s: (
+    "a reach too short to tell one symbol from two": lambda s: (
         s
         | {
-            "reach": np.zeros(257, np.int16),
-            "frequencies": np.full(2 * 257, TOTAL // 2, np.uint16),
+            "reach": np.ones(TABLES, np.int16),
+            "frequencies": np.full(4 * TABLES, TOTAL // 4, np.uint16),
         }
     ),
     "a reach that is one number": lambda s: s | {"reach": np.array(4, np.int16)},
@@ -245,7 +264,7 @@ def test_bad_tables_are_refused(tiny_weights: Weights, spoil: Callable[[Tensors]
         Weights.from_bytes(data)
 
 
-@pytest.mark.parametrize("table", ["mean_step", "codebook"])
+@pytest.mark.parametrize("table", ["unit", "deviation"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_tables_of_no_number_are_refused(tiny_weights: Weights, table: str, value: float) -> None:
     array = tiny_weights.tensors[f"stream.{table}"].copy()
@@ -283,17 +302,19 @@ def test_frozen_networks_are_those_of_the_file(tiny_weights: Weights) -> None:
             tensor.add_(1e-5 * torch.ones_like(tensor))
     freeze(coder)
     assert not any(parameter.requires_grad for parameter in coder.parameters())
-    for name, value in (*coder.analysis.state_dict().items(), ("codebook", coder.codebook.entries)):
+    for name, value in coder.analysis.state_dict().items():
         assert torch.equal(value, value.half().float()), name
+    assert torch.equal(
+        coder.codebook.entries * FEATURE_UNITS, (coder.codebook.entries * FEATURE_UNITS).round()
+    )
 
 
 def test_training_goes_on_from_the_stored_tables(tiny_weights: Weights) -> None:
     """Loaded into the trainable prior and rounded again, every table is what it was."""
-    config, stream = tiny_weights.config, tiny_weights.stream
+    config = tiny_weights.config
     coder = Coder(config)
     load_weights(tiny_weights, coder, Synthesis(config, config.teacher), Synthesis(config, config.student))
-    again = coder.prior.to_integers()
-    for name in ("mean", "mean_step", "scale", "base", "gain"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(stream, name), err_msg=name)
-    # Each latent's step is such that its means use the whole of int8.
-    assert np.abs(stream.mean.astype(int)).max(axis=(0, 1, 2)).tolist() == [127] * config.latents
+    context = coder.prior.to_integers(coder.codebook.entries)
+    again = stream_tensors(StreamModel(context, tiny_weights.stream.frequencies))
+    for name, array in tiny_weights.part("stream", keep_prefix=True).items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)

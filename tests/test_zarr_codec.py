@@ -17,7 +17,9 @@ import zarr
 
 from ucray import zarr_codec
 from ucray.codec.bitstream import Kind, read_chunk
-from ucray.codec.chunk import ChunkDecoder, ChunkEncoder, ChunkFormat
+from ucray.codec.chunk import ChunkFormat
+from ucray.codec.decoder import ChunkDecoder
+from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.weights import Weights
 from ucray.errors import ArchiveError, ChunkError, DtypeError, SettingsError, WeightsError
 from ucray.grid import Shape3

@@ -27,7 +27,7 @@ class Settings(BaseModel):
 class AnalysisConfig(Settings):
     """Widths (channels) and depths (residual blocks) of the analysis network g_a."""
 
-    grid_width: Width = 48
+    grid_width: Width = 32
     grid_blocks: Depth = 1
     latent_width: Width = 96
     latent_blocks: Depth = 2
@@ -47,24 +47,33 @@ class CodecConfig(Settings):
     """Everything that fixes the shape of the networks and of the stream.
 
     `levels` are wavelet levels per axis (z, y, x); `latent_stride` leads from the wavelet grid to
-    the latent grid and `code_stride` from there to the grid of codebook codes.
+    the latent grid and `code_stride` from there to the grid of codebook codes. Latents are coded in
+    `groups` of channels, each in the context of those before it; the first `checkered` groups are
+    coded in two halves, as the squares of a checkerboard, the second in the context of the first.
     """
 
     wavelet: str = "haar"
     levels: tuple[Level, Level, Level] = (2, 2, 2)
     latent_stride: tuple[Step, Step, Step] = (2, 2, 2)
-    code_stride: tuple[Step, Step, Step] = (2, 2, 2)
-    latents: Width = 48
+    code_stride: tuple[Step, Step, Step] = (4, 4, 4)
+    groups: Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)] = (2, 4, 8, 18, 32, 64)
+    checkered: Annotated[int, Field(ge=0, le=16)] = 4
+    context_width: Width = 48
     code_width: Width = 16
     code_stages: Annotated[int, Field(ge=1, le=8)] = 2
-    codes: Annotated[int, Field(ge=2, le=256)] = 256
+    codes: Annotated[int, Field(ge=2, le=256)] = 64
     analysis: AnalysisConfig = AnalysisConfig()
     teacher: SynthesisConfig = SynthesisConfig(
-        latent_width=128, latent_blocks=3, grid_width=48, grid_blocks=2, inr_width=8
+        latent_width=96, latent_blocks=3, grid_width=32, grid_blocks=2, inr_width=8
     )
     student: SynthesisConfig = SynthesisConfig(
         latent_width=64, latent_blocks=2, grid_width=32, grid_blocks=1, inr_width=8
     )
+
+    @property
+    def latents(self) -> int:
+        """Latents per cell of the latent grid."""
+        return sum(self.groups)
 
     @property
     def grid_stride(self) -> Shape3:
@@ -124,6 +133,6 @@ class TrainingConfig(Settings):
 
     teacher_steps: Annotated[int, Field(ge=0)] = 1200
     student_steps: Annotated[int, Field(ge=1)] = 500
-    batch: Annotated[int, Field(ge=1, le=4096)] = 4
-    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 3e-3
+    batch: Annotated[int, Field(ge=1, le=4096)] = 2
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2.5e-3
     seed: Annotated[int, Field(ge=0)] = 0

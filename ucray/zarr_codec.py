@@ -18,7 +18,9 @@ import numpy as np
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.common import parse_named_configuration
 
-from ucray.codec.chunk import DTYPES, ChunkDecoder, ChunkEncoder, ChunkFormat
+from ucray.codec.chunk import DTYPES, ChunkFormat
+from ucray.codec.decoder import ChunkDecoder
+from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES
 from ucray.errors import ArchiveError, DtypeError, SettingsError, WeightsError

@@ -9,7 +9,9 @@ import numpy.typing as npt
 
 from ucray.cluster.plan import CompressPlan, sample_chunk_boxes
 from ucray.cluster.telemetry import Event, Listener
-from ucray.codec.chunk import ChunkEncoder, ChunkFormat, Draft, Latents, device_for, normalisation
+from ucray.codec.chunk import ChunkFormat, normalisation
+from ucray.codec.decoder import device_for
+from ucray.codec.encoder import ChunkEncoder, Draft, Latents
 from ucray.codec.fill import fill_mask
 from ucray.codec.rate import finest_within
 from ucray.codec.weights import Weights

@@ -12,7 +12,7 @@ import torch
 from ucray.cluster.pool import over_shards
 from ucray.cluster.telemetry import Event, Listener
 from ucray.codec.bitstream import read_chunk
-from ucray.codec.chunk import ChunkDecoder
+from ucray.codec.decoder import ChunkDecoder
 from ucray.errors import ArchiveError, SourceError, UcrayError
 from ucray.grid import Box, Shape3, parse_box
 from ucray.quality import ErrorSum

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from ucray.cluster.allocator import keep_freed_memory
-from ucray.codec.chunk import ChunkEncoder, Draft, device_for, pack
+from ucray.codec.decoder import device_for
+from ucray.codec.encoder import ChunkEncoder, Draft, pack
 from ucray.codec.weights import Weights
 from ucray.grid import Shape3
 from ucray.storage.archive import ArchiveSettings

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-EMA_DECAY = 0.97
+EMA_DECAY = 0.99
 """Weight of the past in the moving averages of code usage."""
 
 DEAD_SHARE = 0.05

@@ -1,14 +1,18 @@
-"""The prior on the latents while it is trained: mean, scale and quality gain, in floats.
+"""The prior on the latents while it is trained: context network, scales and quality gains, in floats.
 
-Every codebook code holds, for each latent under it, an addend to the latent's mean and to the log
-of its scale. Training works on floats with a differentiable estimate of the rate; `to_integers`
-turns the trained prior into the whole-number tables that alone may steer the entropy coder.
+Latents are coded group by group (Minnen & Singh 2020, "Channel-wise autoregressive entropy models")
+and, in the first groups, as the two colours of a checkerboard (He et al. 2021). A small network on
+what is coded already, on the codebook's vectors and on the quality gives each latent a mean and a
+scale. Training works on floats with a differentiable estimate of the rate; `to_integers` turns the
+network into the whole numbers that alone may steer the entropy coder (`ucray.codec.context`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ucray.codec.entropy import SCALE_UNITS, TABLE_OCTAVES
+from ucray.codec.context import (
+    FEATURE_UNITS,
+    HIDDEN_UNITS,
+    NEIGHBOURS,
+    QUALITY_FEATURES,
+    SCALE_UNITS,
+    TABLE_OCTAVES,
+    ContextModel,
+    Layer,
+    coding_passes,
+)
+from ucray.codec.rate import LARGEST_THRESHOLD, SLOPE
 from ucray.config import QUALITIES, CodecConfig
 
 KNOTS = 9
@@ -27,6 +42,13 @@ FINEST_LAMBDA = 0.006
 """Weights of a bit per voxel against squared error (in variances of the volume) at both ends."""
 
 
+STEP_UNITS = 64
+"""Units of a whole latent in the finest quantisation step."""
+
+LARGEST_SHIFT = 16
+"""Bits behind the point of a context network's weights, at most: a bias then fits 32 bits."""
+
+
 def lambda_of(quality: float) -> float:
     """Weight of rate against distortion at a quality from 0 (coarsest) to QUALITIES - 1."""
     share = quality / (QUALITIES - 1)
@@ -34,49 +56,33 @@ def lambda_of(quality: float) -> float:
 
 
 @dataclass(frozen=True)
-class IntegerPrior:
-    """The prior as whole numbers; see `ucray.codec.entropy.StreamTables` for their meaning."""
+class CodedLatents:
+    """Latents as a decoder gets them, (batch, latents, ...), and their bits (batch,)."""
 
-    mean: npt.NDArray[np.int8]
-    mean_step: npt.NDArray[np.float32]
-    scale: npt.NDArray[np.int8]
-    base: npt.NDArray[np.int16]
-    gain: npt.NDArray[np.int16]
+    y_hat: Tensor
+    bits: Tensor
 
 
-class LatentPrior(nn.Module):
-    """Trainable tables; `codes` are (batch, stages, z, y, x) on the grid of codes.
+class ContextPrior(nn.Module):
+    """Trainable context model: one small network for each pass over the latents."""
 
-    A table entry is the sum of a free number and of a linear function of the code's codebook
-    entry. The latter is shared by all codes, so it learns from every batch, and it carries the
-    gradient of the rate back to the side latents; as it is linear, it still is a sum over stages.
-    """
+    deviation: Tensor
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        self.code_stride = config.code_stride
-        cells = math.prod(config.code_stride)
-        shape = (config.code_stages, config.codes, cells * config.latents)
-        self.latents = config.latents
-        self.mean = nn.Parameter(torch.zeros(shape))
-        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self._config = config
+        self.passes = coding_passes(config.groups, config.checkered)
+        self.networks = nn.ModuleList(
+            _network(config.code_width + QUALITY_FEATURES + 2 * len(NEIGHBOURS) * part.known,
+                     config.context_width, 2 * part.channels)
+            for part in self.passes
+        )  # fmt: skip
         self.base = nn.Parameter(torch.zeros(config.latents))
-        self.head = nn.Linear(config.code_width, 2 * cells * config.latents, bias=False)
-        nn.init.zeros_(self.head.weight)
         knots = torch.tensor([lambda_of(k * (QUALITIES - 1) / (KNOTS - 1)) for k in range(KNOTS)])
         # High-rate theory: a uniform quantiser of step D has slope dD/dR of D^2 ln(2) / 6.
         step = (knots * 6.0 / math.log(2.0)).sqrt()
         self.log_gain = nn.Parameter((-step.log2())[:, None].repeat(1, config.latents))
-
-    def forward(self, codes: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log2 scale of every latent: (batch, latents, ...) on the latent grid.
-
-        `vectors` (batch, z, y, x, code_width) are the codebook's entries for `codes`.
-        """
-        mean, log_scale = self.head(vectors).chunk(2, dim=-1)
-        mean = self._spread(mean + _chosen(self.mean, codes))
-        log_scale = self._spread(log_scale + _chosen(self.log_scale, codes))
-        return mean, log_scale + self.base[None, :, None, None, None]
+        self.register_buffer("deviation", torch.ones(config.latents))
 
     def gain_at(self, quality: Tensor) -> Tensor:
         """log2 gain (batch, latents) at qualities (batch,) from 0 to QUALITIES - 1."""
@@ -86,47 +92,134 @@ class LatentPrior(nn.Module):
         below = lower.long()
         return self.log_gain[below] * (1 - share) + self.log_gain[below + 1] * share
 
-    def start(self, latent_scale: Tensor) -> None:
-        """Start from latents of known standard deviation (latents,), the same for all codes."""
+    def start(self, deviation: Tensor) -> None:
+        """Start from latents of known standard deviation (latents,)."""
         # A logistic of scale s has a standard deviation of s * pi / sqrt(3).
         with torch.no_grad():
-            self.base.copy_((latent_scale * math.sqrt(3.0) / math.pi).log2())
+            self.deviation.copy_(deviation)
+            self.base.copy_((deviation * math.sqrt(3.0) / math.pi).log2())
 
-    def fold(self, entries: Tensor) -> None:
-        """Move the linear part into the tables, given codebook entries (stages, codes, width)."""
+    def to_integers(self, entries: Tensor) -> ContextModel:
+        """Round to what the stream stores, with codebook entries (stages, codes, width)."""
         with torch.no_grad():
-            mean, log_scale = self.head(entries).chunk(2, dim=-1)
-            self.mean.add_(mean)
-            self.log_scale.add_(log_scale)
-            self.head.weight.zero_()
-
-    def to_integers(self) -> IntegerPrior:
-        """Round the folded tables to what the stream stores."""
-        with torch.no_grad():
-            reach = self.mean.reshape(*self.mean.shape[:2], -1, self.latents).abs().amax(dim=(0, 1, 2))
-            step = (reach / 127.0).clamp_min(1e-6)
-            mean = self.mean.reshape(*self.mean.shape[:2], -1, self.latents) / step
-            scale = self.log_scale.reshape(mean.shape) * SCALE_UNITS
-            gain = self.gain_at(torch.arange(QUALITIES, dtype=torch.float32))
-            return IntegerPrior(
-                mean=mean.round().clamp(-127, 127).to(torch.int8).cpu().numpy(),
-                mean_step=step.float().cpu().numpy(),
-                scale=scale.round().clamp(-127, 127).to(torch.int8).cpu().numpy(),
-                base=(self.base * SCALE_UNITS).round().to(torch.int16).cpu().numpy(),
-                gain=(gain * SCALE_UNITS).round().to(torch.int16).cpu().numpy(),
+            log_gain = self.gain_at(torch.arange(QUALITIES, device=self.base.device).float()).cpu()
+            gain = (log_gain * SCALE_UNITS).round() / SCALE_UNITS
+            # The finest step gets STEP_UNITS units, so that rounding it to whole ones costs nothing.
+            unit = torch.exp2(-gain.amax(dim=0)) / STEP_UNITS
+            return ContextModel(
+                groups=self._config.groups,
+                checkered=self._config.checkered,
+                code_stride=self._config.code_stride,
+                codebook=_whole(entries.cpu() * FEATURE_UNITS, np.int16),
+                unit=unit.numpy(),
+                step=_whole(torch.exp2(-gain) / unit, np.int32),
+                gain=_whole(gain * SCALE_UNITS, np.int16),
+                base=_whole(self.base.cpu() * SCALE_UNITS, np.int16),
+                deviation=self.deviation.cpu().numpy(),
+                networks=tuple(_whole_network(network) for network in self.networks),
             )
 
-    def _spread(self, cells: Tensor) -> Tensor:
-        """(batch, z, y, x, cells * latents) on the grid of codes to (batch, latents, Z, Y, X)."""
-        batch, z, y, x, _ = cells.shape
-        a, b, c = self.code_stride
-        cells = cells.reshape(batch, z, y, x, a, b, c, self.latents)
-        return cells.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, self.latents, z * a, y * b, x * c)
+    def from_integers(self, model: ContextModel) -> None:
+        """Take over what `to_integers` gave."""
+        knots = np.round(np.linspace(0, QUALITIES - 1, KNOTS)).astype(int)
+        with torch.no_grad():
+            self.base.copy_(torch.from_numpy(model.base.astype(np.float32) / SCALE_UNITS))
+            self.log_gain.copy_(torch.from_numpy(model.gain[knots].astype(np.float32) / SCALE_UNITS))
+            self.deviation.copy_(torch.from_numpy(model.deviation.copy()))
+            for network, layers in zip(self.networks, model.networks, strict=True):
+                for linear, layer in zip(_linear_layers(network), layers, strict=True):
+                    units = _input_units(layer is layers[0])
+                    linear.weight.copy_(torch.from_numpy(layer.weight * 0.5**layer.shift))
+                    linear.bias.copy_(torch.from_numpy(layer.bias * (0.5**layer.shift / units)))
+
+    def forward(
+        self, y: Tensor, vectors: Tensor, quality: Tensor, noise: Tensor | None = None
+    ) -> CodedLatents:
+        """Code latents pass by pass, as encoder and decoder do.
+
+        Parameters
+        ----------
+        y
+            Latents (batch, latents, z, y, x).
+        vectors
+            Codebook vectors (batch, code_width, ...) on the grid of codes.
+        noise
+            Uniform in [-0.5, 0.5), as `y`: the rate is that of noise in place of rounding. None: the
+            rate of the rounded symbols.
+        """
+        log_gain = self.gain_at(quality)[:, None, None, None, :]
+        step = torch.exp2(-log_gain)
+        values = y.permute(0, 2, 3, 4, 1)
+        side = functional.interpolate(vectors, size=y.shape[2:], mode="nearest").permute(0, 2, 3, 4, 1)
+        share = (quality / (QUALITIES - 1))[:, None, None, None, None].expand(*side.shape[:4], 1)
+        common = torch.cat([side, share, share * share], dim=-1)
+        dark = checkerboard(values.shape[1:4], values.device)[..., None]
+        known: list[Tensor] = []
+        decoded: list[Tensor] = []
+        bits = torch.zeros(len(y), device=y.device)
+        for part, network in zip(self.passes, self.networks, strict=True):
+            inputs = [common, *_neighbours(torch.cat(known, dim=-1))] if known else [common]
+            output = network(torch.cat(inputs, dim=-1))
+            here = slice(part.first, part.last)
+            deviation = self.deviation[here]
+            mean = output[..., : part.channels] * deviation
+            log_scale = output[..., part.channels :] + self.base[here] + log_gain[..., here]
+            scaled = (values[..., here] - mean) / step[..., here]
+            rounded = scaled + (round_symbols(scaled.detach(), log_scale.detach()) - scaled).detach()
+            sent = rounded if noise is None else scaled + noise.permute(0, 2, 3, 4, 1)[..., here]
+            cost = rate_in_bits(sent, log_scale)
+            found = mean + rounded * step[..., here]
+            if part.colour is not None:
+                mine = dark if part.colour else ~dark
+                cost, found = cost * mine, found * mine
+            bits = bits + cost.sum(dim=(1, 2, 3, 4))
+            if part.colour == 1:
+                found = found + decoded.pop()
+                known.pop()
+            decoded.append(found)
+            known.append(_features(found.detach() / deviation))
+        return CodedLatents(torch.cat(decoded, dim=-1).permute(0, 4, 1, 2, 3), bits)
 
 
-def _chosen(table: Tensor, codes: Tensor) -> Tensor:
-    rows = [functional.embedding(code, entries) for entries, code in zip(table, codes.unbind(1), strict=True)]
-    return torch.stack(rows).sum(dim=0)
+def checkerboard(shape: Sequence[int], device: torch.device) -> Tensor:
+    """True where z + y + x is odd: bool (z, y, x)."""
+    z, y, x = (torch.arange(n, device=device) for n in shape)
+    return (z[:, None, None] + y[:, None] + x) % 2 == 1
+
+
+def _features(values: Tensor) -> Tensor:
+    """Value and root of its size, side by side for each channel: (..., 2 * channels)."""
+    return torch.stack([values, values.abs().sqrt()], dim=-1).flatten(-2)
+
+
+def _neighbours(features: Tensor) -> Iterator[Tensor]:
+    """Features at each of NEIGHBOURS, zero beyond the chunk: each like `features` (b, z, y, x, c)."""
+    padded = functional.pad(features, (0, 0, 1, 1, 1, 1, 1, 1))
+    z, y, x = features.shape[1:4]
+    for a, b, c in NEIGHBOURS:
+        yield padded[:, 1 + a : 1 + a + z, 1 + b : 1 + b + y, 1 + c : 1 + c + x]
+
+
+def _network(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    last = nn.Linear(width, outputs)
+    network = nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), last)
+    with torch.no_grad():
+        last.weight.mul_(0.1)
+        last.bias.zero_()
+    return network
+
+
+def round_symbols(scaled: Tensor, log_scale: Tensor) -> Tensor:
+    """Round to whole symbols, upwards in size only where that is worth its bits.
+
+    Of two neighbouring symbols the one with the lower squared error + SLOPE * bits is taken.
+    """
+    size = scaled.abs()
+    lower = size.floor()
+    first = _extra_bits(log_scale, 0)
+    later = _extra_bits(log_scale, 1)
+    threshold = 0.5 + SLOPE / 2 * torch.where(lower > 0, later, first)
+    return scaled.sign() * (lower + (size - lower > threshold.clamp(max=LARGEST_THRESHOLD)))
 
 
 def rate_in_bits(values: Tensor, log_scale: Tensor) -> Tensor:
@@ -142,3 +235,44 @@ def rate_in_bits(values: Tensor, log_scale: Tensor) -> Tensor:
     # In the lower tail both terms are small and their difference keeps its precision.
     mass = torch.sigmoid((0.5 - size) / scale) - torch.sigmoid((-0.5 - size) / scale)
     return -torch.log2(mass.clamp_min(1e-9))
+
+
+def _linear_layers(network: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+
+
+def _whole_network(network: nn.Module) -> tuple[Layer, Layer, Layer]:
+    first, middle, last = _linear_layers(network)
+    return _whole_layer(first, first=True), _whole_layer(middle), _whole_layer(last)
+
+
+def _whole_layer(linear: nn.Linear, *, first: bool = False) -> Layer:
+    """The layer with weights of 16 bits; its sums are in units of its inputs times 2**-shift."""
+    reach = max(float(linear.weight.abs().max()), 2.0**-8)
+    shift = min(LARGEST_SHIFT, math.floor(math.log2(32767.0 / reach)))
+    units = _input_units(first)
+    return Layer(
+        _whole(linear.weight.cpu() * 2.0**shift, np.int16),
+        _whole(linear.bias.cpu() * (2.0**shift * units), np.int32),
+        shift,
+    )
+
+
+def _input_units(first: bool) -> int:
+    return FEATURE_UNITS if first else HIDDEN_UNITS
+
+
+def _whole(values: Tensor, dtype: type[np.signedinteger[Any]]) -> npt.NDArray[Any]:
+    limits = np.iinfo(dtype)
+    return np.asarray(np.clip(np.rint(values.double().numpy()), limits.min, limits.max).astype(dtype))
+
+
+def _extra_bits(log_scale: Tensor, symbol: int) -> Tensor:
+    """Bits that `symbol` + 1 costs beyond `symbol`."""
+    low, high = TABLE_OCTAVES
+    scale = torch.exp2(-log_scale.clamp(low, high))
+
+    def mass(n: int) -> Tensor:
+        return (torch.sigmoid((0.5 - n) * scale) - torch.sigmoid((-0.5 - n) * scale)).clamp_min(1e-9)
+
+    return torch.log2(mass(symbol) / mass(symbol + 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,12 +19,21 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ucray.codec.entropy import TOTAL, StreamTables
+from ucray.codec.context import NEIGHBOURS, QUALITY_FEATURES, TABLES, ContextModel, Layer, coding_passes
+from ucray.codec.entropy import TOTAL, FrequencyTables
+from ucray.codec.stream import StreamModel
 from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import WeightsError
 
-FORMAT = "ucray-weights-1"
+FORMAT = "ucray-weights-2"
 DECODER_PARTS = ("stream", "student")
+LAYERS = ("first", "middle", "last")
+
+SMALLEST_SHARE, LARGEST_SHARE = 2.0**-24, 2.0**10
+"""Of a latent's unit in its deviation: products of whole numbers then stay within 63 bits."""
+
+LARGEST_STEP = 1 << 20
+LARGEST_SHIFT = 32
 
 Array = npt.NDArray[np.generic]
 
@@ -64,16 +73,24 @@ class Weights:
         return _digest(self.config, self.part("stream", keep_prefix=True))
 
     @cached_property
-    def stream(self) -> StreamTables:
-        """The integer tables."""
+    def stream(self) -> StreamModel:
+        """The whole numbers that fix how a stream is parsed."""
         arrays = self.part("stream")
-        names = [f.name for f in fields(StreamTables) if f.name != "code_stride"]
-        return StreamTables(**{n: arrays[n] for n in names}, code_stride=self.config.code_stride)  # type: ignore[arg-type]
-
-    @property
-    def codebook(self) -> npt.NDArray[np.float16]:
-        """Codebook entries (stages, codes, width)."""
-        return self.tensors["stream.codebook"]  # type: ignore[return-value]
+        config = self.config
+        networks = tuple(
+            tuple(_layer(arrays, number, layer) for layer in LAYERS)
+            for number in range(len(coding_passes(config.groups, config.checkered)))
+        )
+        names = ("codebook", "unit", "step", "gain", "base", "deviation")
+        context = ContextModel(
+            config.groups,
+            config.checkered,
+            config.code_stride,
+            **{name: arrays[name] for name in names},  # type: ignore[arg-type]
+            networks=networks,  # type: ignore[arg-type]
+        )
+        tables = ("reach", "frequencies", "code_frequencies")
+        return StreamModel(context, FrequencyTables(**{name: arrays[name] for name in tables}))  # type: ignore[arg-type]
 
     def part(self, name: str, *, keep_prefix: bool = False) -> dict[str, Array]:
         """Tensors of one part; empty if these weights do not hold it."""
@@ -125,31 +142,26 @@ class Weights:
     def check_stream(self) -> None:
         """Refuse integer tables whose shapes or sums could lead a decoder astray."""
         config = self.config
-        cells = config.code_stride[0] * config.code_stride[1] * config.code_stride[2]
-        entries = (config.code_stages, config.codes)
-        expected: dict[str, tuple[tuple[int, ...] | None, str]] = {
-            "codebook": ((*entries, config.code_width), "float16"),
-            "mean": ((*entries, cells, config.latents), "int8"),
-            "scale": ((*entries, cells, config.latents), "int8"),
-            "mean_step": ((config.latents,), "float32"),
-            "base": ((config.latents,), "int16"),
-            "gain": ((QUALITIES, config.latents), "int16"),
-            "code_frequencies": (entries, "uint16"),
-            "reach": (None, "int16"),
-            "frequencies": (None, "uint16"),
-        }
         arrays = self.part("stream")
-        for name, (shape, dtype) in expected.items():
+        for name, (shape, dtype) in _expected(config).items():
             array = arrays.get(name)
             if array is None or array.dtype != dtype or (shape is not None and array.shape != shape):
                 raise WeightsError(f"the weights are damaged: table {name!r} is missing or misshapen")
-        stream = self.stream
-        if stream.reach.ndim != 1 or stream.frequencies.ndim != 1:
-            raise WeightsError("the weights are damaged: frequency tables have more than one axis")
-        if not (np.isfinite(stream.mean_step).all() and np.isfinite(self.codebook).all()):
-            raise WeightsError("the weights are damaged: codebook or steps of the means are no numbers")
+        context, stream = self.stream.context, self.stream.frequencies
+        if stream.reach.shape != (TABLES,) or stream.frequencies.ndim != 1:
+            raise WeightsError("the weights are damaged: frequency tables are missing or misshapen")
+        scales = np.concatenate([context.unit, context.deviation])
+        if not (np.isfinite(scales).all() and (scales > 0).all()):
+            raise WeightsError("the weights are damaged: units of the latents are no positive numbers")
+        share = context.unit.astype(np.float64) / context.deviation.astype(np.float64)
+        if not (share.min() > SMALLEST_SHARE and share.max() < LARGEST_SHARE):
+            raise WeightsError("the weights are damaged: units of the latents are out of range")
+        if (context.step < 1).any() or (context.step > LARGEST_STEP).any():
+            raise WeightsError("the weights are damaged: a quantisation step is out of range")
+        if not all(0 <= layer.shift <= LARGEST_SHIFT for network in context.networks for layer in network):
+            raise WeightsError("the weights are damaged: a context network is out of range")
         lengths = 2 * stream.reach.astype(np.int64) + 2
-        if not 1 <= len(stream.reach) <= 256 or lengths.min() < 2 or lengths.sum() != stream.frequencies.size:
+        if lengths.min() < 6 or lengths.sum() != stream.frequencies.size:
             raise WeightsError("the weights are damaged: frequency tables do not fit their reach")
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         sums = np.add.reduceat(stream.frequencies.astype(np.int64), starts)
@@ -157,6 +169,57 @@ class Weights:
         positive = stream.frequencies.all() and stream.code_frequencies.all()
         if (sums != TOTAL).any() or (code_sums != TOTAL).any() or not positive:
             raise WeightsError(f"the weights are damaged: frequencies do not add up to {TOTAL}")
+
+
+def stream_tensors(model: StreamModel) -> dict[str, Array]:
+    """The tensors of the part `stream`, by name."""
+    context, frequencies = model.context, model.frequencies
+    tensors: dict[str, Array] = {
+        "codebook": context.codebook,
+        "unit": context.unit,
+        "step": context.step,
+        "gain": context.gain,
+        "base": context.base,
+        "deviation": context.deviation,
+        "reach": frequencies.reach,
+        "frequencies": frequencies.frequencies,
+        "code_frequencies": frequencies.code_frequencies,
+    }
+    for number, network in enumerate(context.networks):
+        for name, layer in zip(LAYERS, network, strict=True):
+            tensors[f"context.{number}.{name}.weight"] = layer.weight
+            tensors[f"context.{number}.{name}.bias"] = layer.bias
+            tensors[f"context.{number}.{name}.shift"] = np.array([layer.shift], np.uint8)
+    return {f"stream.{name}": array for name, array in tensors.items()}
+
+
+def _layer(arrays: Mapping[str, Array], number: int, name: str) -> Layer:
+    weight, bias, shift = (arrays[f"context.{number}.{name}.{part}"] for part in ("weight", "bias", "shift"))
+    return Layer(weight, bias, int(shift[0]))  # type: ignore[arg-type]
+
+
+def _expected(config: CodecConfig) -> dict[str, tuple[tuple[int, ...] | None, str]]:
+    """Shapes and types of the part `stream`."""
+    entries = (config.code_stages, config.codes)
+    expected: dict[str, tuple[tuple[int, ...] | None, str]] = {
+        "codebook": ((*entries, config.code_width), "int16"),
+        "unit": ((config.latents,), "float32"),
+        "step": ((QUALITIES, config.latents), "int32"),
+        "gain": ((QUALITIES, config.latents), "int16"),
+        "base": ((config.latents,), "int16"),
+        "deviation": ((config.latents,), "float32"),
+        "code_frequencies": (entries, "uint16"),
+        "reach": (None, "int16"),
+        "frequencies": (None, "uint16"),
+    }
+    for number, part in enumerate(coding_passes(config.groups, config.checkered)):
+        inputs = config.code_width + QUALITY_FEATURES + 2 * len(NEIGHBOURS) * part.known
+        widths = (inputs, config.context_width, config.context_width, 2 * part.channels)
+        for name, here, there in zip(LAYERS, widths[:-1], widths[1:], strict=True):
+            expected[f"context.{number}.{name}.weight"] = ((there, here), "int16")
+            expected[f"context.{number}.{name}.bias"] = ((there,), "int32")
+            expected[f"context.{number}.{name}.shift"] = ((1,), "uint8")
+    return expected
 
 
 def _digest(config: CodecConfig, tensors: Mapping[str, Array]) -> str:

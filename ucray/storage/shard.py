@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import google_crc32c
 import numpy as np
 
-from ucray.codec.chunk import Packed
+from ucray.codec.encoder import Packed
 from ucray.errors import ArchiveError
 from ucray.grid import Grid, Shape3
 from ucray.quality import ErrorSum

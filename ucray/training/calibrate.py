@@ -1,4 +1,4 @@
-"""From trained floats to the weights that are stored: integer tables, fitted frequencies."""
+"""From trained floats to the weights that are stored: whole numbers, fitted frequencies."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ucray.codec.chunk import round_latents
 from ucray.codec.codebook import quantise_codes
-from ucray.codec.entropy import SCALE_UNITS, StreamTables, logistic_weights, to_frequencies
+from ucray.codec.context import FEATURE_UNITS
+from ucray.codec.entropy import SILENT, FrequencyTables, logistic_weights, to_frequencies
 from ucray.codec.network import Synthesis, load_network
-from ucray.codec.prior import KNOTS, LatentPrior
-from ucray.codec.weights import Weights
+from ucray.codec.stream import StreamModel
+from ucray.codec.weights import Weights, stream_tensors
 from ucray.config import QUALITIES, CodecConfig
 from ucray.training.loss import Coder
 
@@ -27,13 +27,10 @@ CALIBRATION_QUALITIES = tuple(range(16, QUALITIES, 32))
 
 def freeze(coder: Coder) -> None:
     """Round the coder to what the weights file stores, so that stage 2 sees the true stream."""
-    prior = coder.prior
-    entries = coder.codebook.entries.half().float()
-    prior.fold(entries)
-    integers = prior.to_integers()
     with torch.no_grad():
+        entries = (coder.codebook.entries * FEATURE_UNITS).round() / FEATURE_UNITS
         coder.codebook.entries.copy_(entries)
-        _load_prior(prior, integers.mean, integers.mean_step, integers.scale, integers.base, integers.gain)
+        coder.prior.from_integers(coder.prior.to_integers(entries))
         for value in coder.analysis.state_dict().values():
             value.copy_(value.half())
     coder.requires_grad_(False)
@@ -48,36 +45,26 @@ def to_weights(
     training: Mapping[str, Any],
 ) -> Weights:
     """Weights of trained networks; frequencies are counted on `batches` (batch, 1, z, y, x)."""
-    integers = coder.prior.to_integers()
     logistic = logistic_weights()
-    draft = StreamTables(
-        mean=integers.mean,
-        mean_step=integers.mean_step,
-        scale=integers.scale,
-        base=integers.base,
-        gain=integers.gain,
-        reach=np.array([(len(w) - 2) // 2 for w in logistic], dtype=np.int16),
-        frequencies=np.concatenate([to_frequencies(w) for w in logistic]),
-        code_frequencies=np.stack([to_frequencies(np.ones(config.codes))] * config.code_stages),
-        code_stride=config.code_stride,
+    draft = StreamModel(
+        coder.prior.to_integers(coder.codebook.entries),
+        FrequencyTables(
+            reach=np.array([(len(w) - 2) // 2 for w in logistic], dtype=np.int16),
+            frequencies=np.concatenate([to_frequencies(w) for w in logistic]),
+            code_frequencies=np.stack([to_frequencies(np.ones(config.codes))] * config.code_stages),
+        ),
     )
     symbols, codes = _count(config, coder, draft, batches)
-    frequencies = [
-        to_frequencies(counted + prior / prior.sum() * PRIOR_COUNT)
-        for counted, prior in zip(symbols, logistic, strict=True)
+    counted = [
+        to_frequencies(count + prior / prior.sum() * PRIOR_COUNT)
+        for count, prior in zip(symbols, logistic, strict=True)
     ]
-    stream: dict[str, npt.NDArray[np.generic]] = {
-        "codebook": coder.codebook.entries.half().cpu().numpy(),
-        "mean": draft.mean,
-        "mean_step": draft.mean_step,
-        "scale": draft.scale,
-        "base": draft.base,
-        "gain": draft.gain,
-        "reach": draft.reach,
-        "frequencies": np.concatenate(frequencies),
-        "code_frequencies": np.stack([to_frequencies(row + 1.0) for row in codes]),
-    }
-    tensors = {f"stream.{name}": array for name, array in stream.items()}
+    frequencies = FrequencyTables(
+        reach=draft.frequencies.reach,
+        frequencies=np.concatenate(counted),
+        code_frequencies=np.stack([to_frequencies(row + 1.0) for row in codes]),
+    )
+    tensors = stream_tensors(StreamModel(draft.context, frequencies))
     for part, module in (("analysis", coder.analysis), ("teacher", teacher), ("student", student)):
         tensors |= {
             f"{part}.{name}": value.half().cpu().numpy() for name, value in module.state_dict().items()
@@ -91,55 +78,38 @@ def load_weights(weights: Weights, coder: Coder, teacher: Synthesis, student: Sy
     """Start networks of the same configuration from stored weights."""
     for part, module in (("analysis", coder.analysis), ("teacher", teacher), ("student", student)):
         load_network(weights, part, module)
-    stream = weights.stream
+    context = weights.stream.context
     with torch.no_grad():
-        coder.codebook.entries.copy_(torch.from_numpy(weights.codebook.astype(np.float32)))
+        entries = context.codebook.astype(np.float32) / FEATURE_UNITS
+        coder.codebook.entries.copy_(torch.from_numpy(entries))
         coder.codebook.sums.copy_(coder.codebook.entries)
         coder.codebook.counts.fill_(1.0)
         coder.codebook.started.fill_(True)
-        _load_prior(coder.prior, stream.mean, stream.mean_step, stream.scale, stream.base, stream.gain)
-
-
-def _load_prior(
-    prior: LatentPrior,
-    mean: npt.NDArray[np.int8],
-    mean_step: npt.NDArray[np.float32],
-    scale: npt.NDArray[np.int8],
-    base: npt.NDArray[np.int16],
-    gain: npt.NDArray[np.int16],
-) -> None:
-    knots = np.round(np.linspace(0, QUALITIES - 1, KNOTS)).astype(int)
-    with torch.no_grad():
-        prior.mean.copy_(torch.from_numpy(mean * mean_step).reshape(prior.mean.shape))
-        prior.log_scale.copy_(
-            torch.from_numpy(scale.astype(np.float32) / SCALE_UNITS).reshape(prior.log_scale.shape)
-        )
-        prior.base.copy_(torch.from_numpy(base.astype(np.float32) / SCALE_UNITS))
-        prior.log_gain.copy_(torch.from_numpy(gain[knots].astype(np.float32) / SCALE_UNITS))
+    coder.prior.from_integers(context)
 
 
 def _count(
-    config: CodecConfig, coder: Coder, draft: StreamTables, batches: Sequence[Tensor]
+    config: CodecConfig, coder: Coder, draft: StreamModel, batches: Sequence[Tensor]
 ) -> tuple[list[npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
     """Symbols by frequency table (both signs counted alike), and codes by stage."""
-    reach = draft.reach.astype(np.int64)
+    reach = draft.frequencies.reach.astype(np.int64)
     symbol_counts = [np.zeros(2 * r + 2) for r in reach]
     code_counts = np.zeros((config.code_stages, config.codes))
     for batch in batches:
         with torch.no_grad():
             y, z = coder.analysis(batch)
             codes = quantise_codes(coder.codebook.entries, z).to(torch.uint8).cpu().numpy()
-        for one_y, one_codes in zip(y.cpu().numpy(), codes, strict=True):
+        latents = y.permute(0, 2, 3, 4, 1).cpu().numpy() / draft.context.unit
+        for values, one_codes in zip(latents, codes, strict=True):
             for stage, row in enumerate(one_codes):
                 code_counts[stage] += np.bincount(row.reshape(-1), minlength=config.codes)
-            centred = one_y - draft.means(one_codes)
             for quality in CALIBRATION_QUALITIES:
-                gain = np.exp2(draft.log_gain(quality))[:, None, None, None]
-                symbols = round_latents(centred * gain).astype(np.int64).reshape(-1)
-                tables = draft.table_indices(one_codes, quality).reshape(-1)
-                for table in np.unique(tables):
-                    found = symbols[tables == table]
-                    size = np.where(np.abs(found) > reach[table], reach[table] + 1, found) + reach[table]
+                symbols, _ = draft.quantise(one_codes, values, quality)
+                tables = np.concatenate(symbols.tables)
+                found = np.concatenate(symbols.values).astype(np.int64)
+                for table in np.unique(tables[tables != SILENT]):
+                    some = found[tables == table]
+                    size = np.where(np.abs(some) > reach[table], reach[table] + 1, some) + reach[table]
                     counts = np.bincount(size, minlength=2 * int(reach[table]) + 2).astype(np.float64)
                     counts[:-1] = (counts[:-1] + counts[-2::-1]) / 2
                     symbol_counts[table] += counts

@@ -198,7 +198,7 @@ class Trainer:
             self.teacher.requires_grad_(False)
             module = self._distillation
         prior = self.coder.prior
-        tables = [] if stage == 2 else [prior.mean, prior.log_scale, prior.base, prior.log_gain]
+        tables = [] if stage == 2 else [prior.base, prior.log_gain]
         quick = {id(parameter) for parameter in tables}
         others = [p for p in module.parameters() if p.requires_grad and id(p) not in quick]
         groups: list[dict[str, Any]] = [{"params": others, "speed": 1.0 if stage == 1 else STUDENT_SPEED}]

@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from ucray.codec.codebook import ResidualCodebook, quantise_codes
 from ucray.codec.network import Analysis, Synthesis
-from ucray.codec.prior import LatentPrior, lambda_of, rate_in_bits
-from ucray.codec.rate import ROUNDING
+from ucray.codec.prior import ContextPrior, lambda_of
 from ucray.config import QUALITIES, CodecConfig
 
 COMMITMENT = 0.02
@@ -42,7 +41,7 @@ class Coder(nn.Module):
         super().__init__()
         self.analysis = Analysis(config)
         self.codebook = ResidualCodebook(config.code_stages, config.codes, config.code_width)
-        self.prior = LatentPrior(config)
+        self.prior = ContextPrior(config)
 
     def forward(self, x: Tensor, quality: Tensor, generator: torch.Generator) -> Stream:
         """Code chunks (batch, 1, z, y, x) at qualities (batch,).
@@ -51,19 +50,12 @@ class Coder(nn.Module):
         """
         y, z = self.analysis(x)
         vectors = z.permute(0, 2, 3, 4, 1)
-        flat, quantised, commitment = self.codebook.learn(vectors.reshape(-1, vectors.shape[-1]), generator)
-        codes = flat.reshape(*vectors.shape[:4], -1).permute(0, 4, 1, 2, 3)
-        quantised = quantised.reshape(vectors.shape)
-        prior = quantised.permute(0, 4, 1, 2, 3)
-        mean, log_scale = self.prior(codes, quantised)
+        _, quantised, commitment = self.codebook.learn(vectors.reshape(-1, vectors.shape[-1]), generator)
+        side = quantised.reshape(vectors.shape).permute(0, 4, 1, 2, 3)
+        noise = torch.rand(y.shape, generator=generator).to(y) - 0.5
+        coded = self.prior(y, side, quality, noise)
         log_gain = self.prior.gain_at(quality)
-        spread = log_gain[:, :, None, None, None]
-        gain = torch.exp2(spread)
-        scaled = (y - mean) * gain
-        noise = torch.rand(scaled.shape, generator=generator).to(scaled) - 0.5
-        bits = rate_in_bits(scaled + noise, log_scale + spread).sum(dim=(1, 2, 3, 4))
-        rounded = scaled + (scaled.round() - scaled).detach()
-        return Stream(mean + rounded / gain, prior, log_gain.mean(dim=1), bits, commitment)
+        return Stream(coded.y_hat, side, log_gain.mean(dim=1), coded.bits, commitment)
 
 
 class RateDistortion(nn.Module):
@@ -122,18 +114,12 @@ class Distillation(nn.Module):
 def frozen_stream(coder: Coder, x: Tensor, quality: Tensor) -> Stream:
     """The stream as it will be coded: the encoder's rounding, true codes, no noise, no learning."""
     y, z = coder.analysis(x)
-    codes = quantise_codes(coder.codebook.entries, z)
-    flat = codes.permute(0, 2, 3, 4, 1)
-    prior = coder.codebook.lookup(flat.reshape(-1, flat.shape[-1]))
-    prior = prior.reshape(*flat.shape[:4], -1)
-    mean, log_scale = coder.prior(codes, prior)
-    prior = prior.permute(0, 4, 1, 2, 3)
+    codes = quantise_codes(coder.codebook.entries, z).permute(0, 2, 3, 4, 1)
+    side = coder.codebook.lookup(codes.reshape(-1, codes.shape[-1])).reshape(*codes.shape[:4], -1)
+    side = side.permute(0, 4, 1, 2, 3)
+    coded = coder.prior(y, side, quality)
     log_gain = coder.prior.gain_at(quality)
-    spread = log_gain[:, :, None, None, None]
-    scaled = (y - mean) * torch.exp2(spread)
-    rounded = scaled.sign() * (scaled.abs() + ROUNDING).floor()
-    bits = rate_in_bits(rounded, log_scale + spread).sum(dim=(1, 2, 3, 4))
-    return Stream(mean + rounded * torch.exp2(-spread), prior, log_gain.mean(dim=1), bits, torch.zeros(()))
+    return Stream(coded.y_hat, side, log_gain.mean(dim=1), coded.bits, torch.zeros(()))
 
 
 def draw_quality(batch: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,205 @@
+"""The context model: passes that cover every latent once, whole numbers that follow from a law."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ucray.codec.context import (
+    FEATURE_UNITS,
+    NEIGHBOURS,
+    Codes,
+    ContextModel,
+    Layer,
+    Pass,
+    Walk,
+    coding_passes,
+)
+from ucray.codec.entropy import SILENT
+from ucray.codec.prior import ContextPrior, checkerboard
+from ucray.codec.weights import Weights
+from ucray.config import QUALITIES
+from ucray.grid import Shape3
+
+Latents = dict[tuple[int, int, int, int], int]
+
+GRID: Shape3 = (1, 2, 1)
+QUALITY = 100
+
+
+def codes_of(weights: Weights, grid: Shape3, seed: int = 0) -> Codes:
+    """Random codes on a grid."""
+    config = weights.config
+    random = np.random.default_rng(seed)
+    return random.integers(0, config.codes, (config.code_stages, *grid)).astype(np.uint8)
+
+
+def floor_shift(number: int, bits: int) -> int:
+    """Divide by a power of two, half up."""
+    return (number + (1 << bits - 1)) >> bits if bits else number
+
+
+def layer_reference(layer: Layer, inputs: list[int], octaves: int = 0) -> list[int]:
+    """A layer in Python's whole numbers; `octaves` finer units of what it gives."""
+    sums = [
+        sum(int(w) * value for w, value in zip(row, inputs, strict=True)) + int(bias)
+        for row, bias in zip(layer.weight, layer.bias, strict=True)
+    ]
+    return [floor_shift(total, layer.shift - octaves) for total in sums]
+
+
+def prediction_reference(
+    model: ContextModel, part: Pass, codes: Codes, quality: int, known: Latents, cell: Shape3
+) -> tuple[list[int], list[int]]:
+    """Means and tables of one cell in Python's whole numbers, from the latents `known` so far."""
+    place = [n // s for n, s in zip(cell, model.code_stride, strict=True)]
+    inputs = [
+        sum(int(model.codebook[stage, codes[(stage, *place)], width]) for stage in range(len(codes)))
+        for width in range(model.codebook.shape[2])
+    ]
+    for power in (1, 2):
+        inputs.append(math.floor(FEATURE_UNITS * (quality / (QUALITIES - 1)) ** power + 0.5))
+    for a, b, c in NEIGHBOURS if part.known else ():
+        for channel in range(part.known):
+            value = known.get((cell[0] + a, cell[1] + b, cell[2] + c, channel), 0)
+            inner = max(-4096, min(4096, floor_shift(value * int(model.inward[channel]), 16)))
+            inputs += [inner, math.floor(math.sqrt(abs(inner) * 64) + 0.5)]
+    first, middle, last = model.networks[model.passes.index(part)]
+    hidden = [max(0, min(1 << 16, h)) for h in layer_reference(first, inputs, 2)]
+    hidden = [max(0, min(1 << 16, h)) for h in layer_reference(middle, hidden)]
+    output = [max(-(1 << 14), min(1 << 14, o)) for o in layer_reference(last, hidden)]
+    means, tables = [], []
+    for index, channel in enumerate(range(part.first, part.last)):
+        means.append(floor_shift(output[index] * int(model.outward[channel]), 16))
+        units = floor_shift(output[part.channels + index], 4)
+        units += int(model.base[channel]) + int(model.gain[quality, channel])
+        tables.append(max(0, min(84, (units + 72 + 1) // 2)))
+    return means, tables
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=5),
+    st.integers(0, 6),
+    st.tuples(*[st.integers(1, 4)] * 3),
+)
+def test_passes_meet_every_latent_once_and_know_only_what_was_coded(
+    groups: list[int], checkered: int, shape: Shape3
+) -> None:
+    coded = np.zeros((sum(groups), *shape), dtype=int)
+    odd = checkerboard(shape, torch.device("cpu")).numpy()
+    for part in coding_passes(groups, checkered):
+        here = np.ones(shape, bool) if part.colour is None else odd == bool(part.colour)
+        before = coded[: part.known]
+        # At the second colour of a group, its own latents are known at the first colour alone.
+        expected = np.ones_like(before)
+        expected[part.first :] = ~here
+        np.testing.assert_array_equal(before, expected)
+        coded[part.first : part.last, here] += 1
+    assert (coded == 1).all()
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 100, 255]))
+def test_predictions_follow_from_whole_numbers(tiny_weights: Weights, seed: int, quality: int) -> None:
+    model = tiny_weights.stream.context
+    codes = codes_of(tiny_weights, GRID, seed)
+    random = np.random.default_rng(seed)
+    walk = Walk(model, codes, quality)
+    shape = walk.latents.shape[:3]
+    known: Latents = {}
+    for part in model.passes:
+        mean, tables = walk.predict(part)
+        cells = [c for c in np.ndindex(*shape) if part.colour is None or sum(c) % 2 == part.colour]
+        # Mostly small symbols; some so large that features and latents meet their limits.
+        symbols = random.integers(-3, 4, mean.shape) * random.choice([1, 1, 1, 10000], mean.shape)
+        assert mean.shape == tables.shape == (len(cells), part.channels)
+        for row in random.integers(len(cells), size=4):
+            wanted = prediction_reference(model, part, codes, quality, known, cells[row])
+            assert (mean[row].tolist(), tables[row].tolist()) == wanted
+        walk.put(part, mean, symbols)
+        for row, cell in enumerate(cells):
+            for index, channel in enumerate(range(part.first, part.last)):
+                value = int(mean[row, index]) + int(symbols[row, index]) * int(model.step[quality, channel])
+                known[(*cell, channel)] = value
+                assert walk.latents[(*cell, channel)] == value
+
+
+def test_sums_stay_exact_in_any_order(tiny_weights: Weights) -> None:
+    """The largest weights and inputs that are let through, summed in two orders, agree to the unit."""
+    random = np.random.default_rng(0)
+    inputs = random.choice([-(1 << 16), 1 << 16, (1 << 16) - 1], (3, 1000)).astype(np.float64)
+    weight = random.choice([-32768, 32767], (5, 1000)).astype(np.int16)
+    layer = Layer(weight, np.full(5, (1 << 31) - 1, np.int32), 0)
+    order = random.permutation(1000)
+    shuffled = Layer(weight[:, order], layer.bias, 0)
+    np.testing.assert_array_equal(layer(inputs), shuffled(inputs[:, order]))
+    exact = inputs.astype(object) @ weight.T.astype(object) + (1 << 31) - 1
+    np.testing.assert_array_equal(layer(inputs), exact.astype(np.float64))
+
+
+def test_a_stream_decodes_to_what_was_quantised(tiny_weights: Weights) -> None:
+    stream = tiny_weights.stream
+    codes = codes_of(tiny_weights, (2, 2, 2))
+    random = np.random.default_rng(1)
+    shape = (4, 4, 4, tiny_weights.config.latents)
+    spread = stream.context.deviation / stream.context.unit
+    latents = (random.standard_normal(shape) * spread).astype(np.float32)
+    for quality in (0, 60, 200, 255):
+        symbols, quantised = stream.quantise(codes, latents, quality)
+        decoded = stream.decode(*stream.encode(symbols), (2, 2, 2), quality)
+        np.testing.assert_array_equal(decoded.latents, quantised.latents)
+        np.testing.assert_array_equal(decoded.codes, codes)
+        step = stream.context.step[quality]
+        loud = np.concatenate(symbols.tables) != SILENT
+        assert loud.any()
+        # A latent is rounded at worst to the far one of its two neighbours.
+        worst = np.abs(latents - quantised.latents) / step
+        assert worst[np.nonzero(worst > 1)].size <= (~loud).sum()
+
+
+def test_a_finer_quality_comes_closer(tiny_weights: Weights) -> None:
+    stream = tiny_weights.stream
+    codes = codes_of(tiny_weights, (2, 2, 2))
+    spread = stream.context.deviation / stream.context.unit
+    random = np.random.default_rng(2)
+    latents = (random.standard_normal((4, 4, 4, len(spread))) * spread).astype(np.float32)
+    errors, sizes = [], []
+    for quality in (20, 120, 250):
+        symbols, quantised = stream.quantise(codes, latents, quality)
+        errors.append(float(np.mean(((latents - quantised.latents) / spread) ** 2)))
+        sizes.append(len(stream.encode(symbols)[0]))
+    assert errors[0] > errors[1] > errors[2]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_training_sees_the_means_and_bits_of_the_whole_numbers(tiny_weights: Weights) -> None:
+    """The float network of training against the whole-number network of the stream."""
+    config, stream = tiny_weights.config, tiny_weights.stream
+    prior = ContextPrior(config)
+    prior.from_integers(stream.context)
+    codes = codes_of(tiny_weights, (2, 2, 2))
+    context = stream.context
+    random = np.random.default_rng(3)
+    y = random.standard_normal((4, 4, 4, config.latents)).astype(np.float32) * context.deviation
+    symbols, quantised = stream.quantise(codes, y / context.unit, QUALITIES - 1)
+    vectors = torch.from_numpy(context.vectors(codes).astype(np.float32) / FEATURE_UNITS)
+    with torch.no_grad():
+        coded = prior(
+            torch.from_numpy(y).permute(3, 0, 1, 2)[None],
+            vectors.permute(3, 0, 1, 2)[None],
+            torch.tensor([QUALITIES - 1.0]),
+        )
+    found: npt.NDArray[np.float32] = coded.y_hat[0].permute(1, 2, 3, 0).numpy()
+    step = context.step[-1] * context.unit
+    # Means are rounded to 1/256 of a deviation, here up to a quarter of a step.
+    same = np.abs(found - quantised.latents * context.unit) < 0.3 * step
+    assert same.mean() > 0.9
+    # Tables come in eighths of an octave, and their frequencies were counted on other latents.
+    bits = 32 * len(stream.encode(symbols)[0])
+    assert float(coded.bits) == pytest.approx(bits, rel=0.15)

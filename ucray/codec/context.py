@@ -1,0 +1,239 @@
+"""The context model in whole numbers: mean and table of every latent, from what is coded already.
+
+A context network sees, at its cell and the six beside it, the latents coded so far; and the
+codebook's vector and the quality. Every number in it is whole and every sum stays below 2^53, so
+float64 computes it exactly, in any order of summation: a stream written on one machine parses on
+every other, with the speed of a matrix product. `ucray.codec.prior` trains the same network in
+floats. This module imports no torch; FORMAT.md is its law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from ucray.config import QUALITIES
+from ucray.grid import Shape3, triple
+
+NEIGHBOURS = ((0, 0, 0), (-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1))
+"""Offsets (z, y, x) on the latent grid that a context network looks at."""
+
+QUALITY_FEATURES = 2
+"""The quality's share of its range, and its square."""
+
+FEATURE_UNITS = 64
+"""Units of a network's inputs: of a latent's standard deviation, or of a codebook vector's one."""
+
+HIDDEN_UNITS = 256
+"""Units of what a layer gives."""
+
+LARGEST_FEATURE = 1 << 12
+LARGEST_HIDDEN = 1 << 16
+LARGEST_OUTPUT = 1 << 14
+LARGEST_LATENT = 1 << 30
+
+WIDE = 16
+"""Bits behind the point of a factor between units."""
+
+SCALE_UNITS = 16
+"""Units of an octave in scales and gains."""
+
+TABLE_UNITS = 2
+"""Scale units from one frequency table to the next: eight tables an octave."""
+
+TABLE_OCTAVES = (-4.5, 6.0)
+"""log2 of the logistic scale of the first and the last frequency table."""
+
+TABLES = int((TABLE_OCTAVES[1] - TABLE_OCTAVES[0]) * SCALE_UNITS / TABLE_UNITS) + 1
+
+Codes = npt.NDArray[np.uint8]
+Tables = npt.NDArray[np.uint8]
+Whole = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One step of coding: channels `first` to `last`, at cells of one colour of the checkerboard.
+
+    `colour` is 0 (z + y + x even) or 1, or None for all cells. `known` channels stand in the context;
+    at colour 1 these include the pass's own, at the cells of colour 0.
+    """
+
+    first: int
+    last: int
+    colour: int | None
+
+    @property
+    def channels(self) -> int:
+        return self.last - self.first
+
+    @property
+    def known(self) -> int:
+        return self.last if self.colour == 1 else self.first
+
+
+def coding_passes(groups: Sequence[int], checkered: int) -> tuple[Pass, ...]:
+    """The passes over all latents, in order."""
+    passes = []
+    first = 0
+    for number, channels in enumerate(groups):
+        colours = (0, 1) if number < checkered else (None,)
+        passes += [Pass(first, first + channels, colour) for colour in colours]
+        first += channels
+    return tuple(passes)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer: weight int16 (outputs, inputs), bias int32 (outputs,), in units of 2**-shift."""
+
+    weight: npt.NDArray[np.int16]
+    bias: npt.NDArray[np.int32]
+    shift: int
+
+    @cached_property
+    def _matrix(self) -> Floats:
+        return np.ascontiguousarray(self.weight.T.astype(np.float64))
+
+    def __call__(self, *inputs: Floats, gain: int = 1) -> Floats:
+        """Whole outputs (cells, outputs) of whole inputs side by side; `gain` changes their units."""
+        sums = np.broadcast_to(self.bias.astype(np.float64), (len(inputs[0]), len(self.bias)))
+        first = 0
+        for part in inputs:
+            sums = sums + part @ self._matrix[first : first + part.shape[1]]
+            first += part.shape[1]
+        return np.floor(sums * (gain * 0.5**self.shift) + 0.5)
+
+
+@dataclass(frozen=True)
+class ContextModel:
+    """All whole numbers that choose means and tables.
+
+    Parameters
+    ----------
+    groups, checkered, code_stride
+        See `ucray.config.CodecConfig`.
+    codebook
+        int16 (stages, codes, width), in units of 1 / FEATURE_UNITS.
+    unit
+        float32 (latents,): what one unit of a whole latent is worth.
+    step
+        int32 (qualities, latents): width of a quantisation step, in units of the latent.
+    gain, base
+        int16 (qualities, latents) and (latents,): log2 of 1 / step and of a latent's scale, in units of
+        1 / SCALE_UNITS.
+    deviation
+        float32 (latents,): standard deviation of a latent, the measure of a network's inputs and means.
+    networks
+        Three layers for each pass.
+    """
+
+    groups: tuple[int, ...]
+    checkered: int
+    code_stride: Shape3
+    codebook: npt.NDArray[np.int16]
+    unit: npt.NDArray[np.float32]
+    step: npt.NDArray[np.int32]
+    gain: npt.NDArray[np.int16]
+    base: npt.NDArray[np.int16]
+    deviation: npt.NDArray[np.float32]
+    networks: tuple[tuple[Layer, Layer, Layer], ...]
+
+    @cached_property
+    def passes(self) -> tuple[Pass, ...]:
+        return coding_passes(self.groups, self.checkered)
+
+    @property
+    def latents(self) -> int:
+        return len(self.unit)
+
+    @cached_property
+    def inward(self) -> Whole:
+        """From units of a latent to those of a feature, WIDE bits behind the point: (latents,)."""
+        share = self.unit.astype(np.float64) / self.deviation.astype(np.float64)
+        return np.rint(share * (FEATURE_UNITS << WIDE)).astype(np.int64)
+
+    @cached_property
+    def outward(self) -> Whole:
+        """From units of a layer's output to those of a latent, WIDE bits behind the point: (latents,)."""
+        share = self.deviation.astype(np.float64) / self.unit.astype(np.float64)
+        return np.rint(share * ((1 << WIDE) // HIDDEN_UNITS)).astype(np.int64)
+
+    def vectors(self, codes: Codes) -> Whole:
+        """Sum of the chosen codebook entries: codes (stages, z, y, x) to (z, y, x, width)."""
+        chosen = [entries[code] for entries, code in zip(self.codebook, codes, strict=True)]
+        return np.asarray(np.sum(chosen, axis=0, dtype=np.int64))
+
+
+class Walk:
+    """The latents of one chunk while they are coded, pass by pass.
+
+    `latents` are whole numbers (z, y, x, latents), zero until their pass was.
+    """
+
+    def __init__(self, model: ContextModel, codes: Codes, quality: int) -> None:
+        stride = model.code_stride
+        shape = triple(n * s for n, s in zip(codes.shape[1:], stride, strict=True))
+        self.latents = np.zeros((*shape, model.latents), dtype=np.int64)
+        self._model = model
+        self._quality = quality
+        side = model.vectors(codes)
+        for axis, size in enumerate(stride):
+            side = side.repeat(size, axis=axis)
+        share = [
+            (2 * FEATURE_UNITS * quality**n + (top := (QUALITIES - 1) ** n)) // (2 * top) for n in (1, 2)
+        ]
+        shares = np.broadcast_to(np.array(share, dtype=np.float64), (side[..., 0].size, QUALITY_FEATURES))
+        self._common = np.concatenate([side.reshape(len(shares), -1), shares], axis=1)
+        # One cell of zeros on every side stands for what lies beyond the chunk.
+        padded = triple(n + 2 for n in shape)
+        self._features = np.zeros((padded[0] * padded[1] * padded[2], 2 * model.latents))
+        places = np.arange(len(self._features)).reshape(padded)[1:-1, 1:-1, 1:-1].reshape(-1)
+        offsets = np.array([(a * padded[1] + b) * padded[2] + c for a, b, c in NEIGHBOURS])
+        odd = (np.indices(shape).sum(axis=0) % 2).reshape(-1)
+        cells = {None: np.arange(len(odd)), 0: np.flatnonzero(odd == 0), 1: np.flatnonzero(odd)}
+        self._cells = cells
+        self._places = {colour: places[some] for colour, some in cells.items()}
+        self._around = {colour: some[:, None] + offsets for colour, some in self._places.items()}
+
+    def rows(self, part: Pass, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Of latents (z, y, x, latents) those of one pass: (cells, channels)."""
+        flat = latents.reshape(-1, latents.shape[-1])[:, part.first : part.last]
+        return flat if part.colour is None else flat[self._cells[part.colour]]
+
+    def predict(self, part: Pass) -> tuple[Whole, Tables]:
+        """Mean, in units of the latents, and table of every latent of a pass: both (cells, channels)."""
+        model = self._model
+        first, middle, last = model.networks[model.passes.index(part)]
+        inputs = [self._common if part.colour is None else self._common[self._cells[part.colour]]]
+        if part.known:
+            around = self._features[:, : 2 * part.known][self._around[part.colour]]
+            inputs.append(around.reshape(len(around), -1))
+        hidden = np.clip(first(*inputs, gain=HIDDEN_UNITS // FEATURE_UNITS), 0, LARGEST_HIDDEN)
+        hidden = np.clip(middle(hidden), 0, LARGEST_HIDDEN)
+        output = np.clip(last(hidden), -LARGEST_OUTPUT, LARGEST_OUTPUT).astype(np.int64)
+        here = slice(part.first, part.last)
+        mean = (output[:, : part.channels] * model.outward[here] + (1 << WIDE - 1)) >> WIDE
+        to_scale = HIDDEN_UNITS // SCALE_UNITS
+        units = (output[:, part.channels :] + to_scale // 2) // to_scale
+        units += model.base[here].astype(np.int64) + model.gain[self._quality, here]
+        tables = (units - int(TABLE_OCTAVES[0] * SCALE_UNITS) + TABLE_UNITS // 2) // TABLE_UNITS
+        return mean, np.clip(tables, 0, TABLES - 1).astype(np.uint8)
+
+    def put(self, part: Pass, mean: Whole, symbols: npt.NDArray[np.integer]) -> None:
+        """Take in the symbols (cells, channels) of a pass."""
+        model = self._model
+        here = slice(part.first, part.last)
+        values = mean + symbols.astype(np.int64) * model.step[self._quality, here]
+        values = np.clip(values, -LARGEST_LATENT, LARGEST_LATENT)
+        self.latents.reshape(-1, model.latents)[self._cells[part.colour], here] = values
+        inner = (values * model.inward[here] + (1 << WIDE - 1)) >> WIDE
+        inner = np.clip(inner, -LARGEST_FEATURE, LARGEST_FEATURE)
+        roots = np.floor(np.sqrt(np.abs(inner) * float(FEATURE_UNITS)) + 0.5)
+        features = np.stack([inner, roots], axis=-1).reshape(len(inner), -1)
+        self._features[self._places[part.colour], 2 * part.first : 2 * part.last] = features

@@ -1,0 +1,144 @@
+"""Bytes to chunks of voxels: parsing, the synthesis network, constants, raw chunks, fill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ucray.codec.bitstream import Kind, NeuralBody, read_chunk
+from ucray.codec.chunk import ChunkFormat, Voxels
+from ucray.codec.context import FEATURE_UNITS, SCALE_UNITS
+from ucray.codec.fill import keep_off_fill, unpack_exactly, unpack_mask
+from ucray.codec.network import Synthesis, load_network
+from ucray.codec.stream import CodedLatents
+from ucray.codec.weights import Weights
+from ucray.errors import ChunkError
+from ucray.grid import Shape3, triple
+
+Network = TypeVar("Network", bound=torch.nn.Module)
+Item = TypeVar("Item")
+
+PAIR = 2
+"""Chunks that go through the networks together, always as many: a lone one is doubled.
+
+PyTorch convolves a batch of one on a CPU by a path that is five times slower and rounds differently.
+With one fixed batch the result for a chunk depends on nothing but the chunk.
+"""
+
+
+class ChunkDecoder:
+    """Decodes chunks with one network, the student unless told otherwise."""
+
+    def __init__(
+        self, weights: Weights, chunk: ChunkFormat, *, part: str = "student", device: str = "cpu"
+    ) -> None:
+        chunk.check_stride(weights.config.stride)
+        self.format = chunk
+        self._config = weights.config
+        self._stream = weights.stream
+        self._digest = bytes.fromhex(weights.stream_digest)[:4]
+        self._device = torch.device(device)
+        sizes = weights.config.teacher if part == "teacher" else weights.config.student
+        self._synthesis = Synthesis(weights.config, sizes)
+        load_network(weights, part, self._synthesis)
+        self._synthesis = ready(self._synthesis, self._device)
+
+    def decode(self, data: bytes, origin: Shape3 | None = None) -> Voxels:
+        """Voxels of one chunk, in the archive's dtype and chunk shape.
+
+        Parameters
+        ----------
+        data
+            What `pack` wrote.
+        origin
+            The chunk's index, where known: a chunk that says it belongs elsewhere is refused.
+
+        Raises
+        ------
+        ChunkError
+            If the bytes are damaged, belong elsewhere, or were coded with other weights.
+        """
+        chunk = read_chunk(data)
+        if chunk.stream_digest != self._digest:
+            raise ChunkError(
+                f"a chunk coded with weights {chunk.stream_digest.hex()}, decoded with {self._digest.hex()}"
+            )
+        if origin is not None and chunk.origin is not None and chunk.origin != origin:
+            raise ChunkError(f"the chunk of place {chunk.origin} stands at place {origin}")
+        dtype = np.dtype(self.format.dtype).newbyteorder("<")
+        if isinstance(chunk.body, NeuralBody):
+            body = chunk.body
+            coded = self._stream.decode(body.words, body.escapes, self._code_grid, body.quality)
+            (voxels,) = self.reconstruct([coded])
+        elif chunk.kind is Kind.CONSTANT:
+            if len(chunk.body) != dtype.itemsize:
+                raise ChunkError("a constant chunk that does not hold one value")
+            voxels = np.full(self.format.shape, np.frombuffer(chunk.body, dtype)[0], self.format.dtype)
+        else:
+            raw = np.empty(self.format.shape, dtype)
+            if not unpack_exactly(chunk.body, raw):
+                raise ChunkError("a raw chunk that does not unpack to the chunk's shape")
+            return raw.astype(self.format.dtype)
+        mask = unpack_mask(chunk.mask, self.format.shape) if chunk.mask else np.zeros(self.format.shape, bool)
+        return keep_off_fill(voxels, mask, self.format.fill_value)
+
+    def reconstruct(self, coded: Sequence[CodedLatents]) -> list[Voxels]:
+        """The networks' half of decoding: integers to voxels, before fill is put back."""
+        return [voxels for pair in pairs(coded) for voxels in self._reconstruct_pair(pair)]
+
+    def _reconstruct_pair(self, pair: Sequence[CodedLatents]) -> list[Voxels]:
+        full = doubled(pair)
+        context = self._stream.context
+        y_hat = np.stack([one.latents.astype(np.float32) for one in full]) * context.unit
+        prior = np.stack([context.vectors(one.codes).astype(np.float32) for one in full]) / FEATURE_UNITS
+        gains = [float(context.gain[one.quality].mean() / SCALE_UNITS) for one in full]
+        with torch.inference_mode():
+            latents = torch.from_numpy(y_hat).to(self._device).permute(0, 4, 1, 2, 3)
+            side = torch.from_numpy(prior.astype(np.float32)).to(self._device).permute(0, 4, 1, 2, 3)
+            x_hat = self._synthesis(latents, side, torch.tensor(gains, device=self._device))
+            values = (x_hat[:, 0] * self.format.scale + self.format.offset).cpu().numpy()
+        return [_to_dtype(one, self.format.dtype) for one in values[: len(pair)]]
+
+    @property
+    def _code_grid(self) -> Shape3:
+        return triple(n // s for n, s in zip(self.format.shape, self._config.stride, strict=True))
+
+
+def device_for(name: str) -> str:
+    """Resolve "auto" to the device at hand."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def pairs(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Groups of PAIR; the last may be shorter."""
+    for start in range(0, len(items), PAIR):
+        yield items[start : start + PAIR]
+
+
+def doubled(pair: Sequence[Item]) -> list[Item]:
+    """PAIR items: a lone one stands twice."""
+    return [pair[min(place, len(pair) - 1)] for place in range(PAIR)]
+
+
+def _to_dtype(values: npt.NDArray[np.float32], dtype: str) -> Voxels:
+    if np.issubdtype(np.dtype(dtype), np.floating):
+        return values.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(np.rint(values), limits.min, limits.max).astype(dtype)
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """The layout in which convolutions on a CPU are fastest."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def ready(network: Network, device: torch.device) -> Network:
+    """A network for inference alone, on its device."""
+    network.requires_grad_(False)
+    return network.eval().to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]

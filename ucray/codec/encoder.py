@@ -1,0 +1,202 @@
+"""Chunks of voxels to bytes: the networks, the choice of kind, packing.
+
+Encoding has two halves, so that a GPU does the first and CPUs the second: `ChunkEncoder.drafts` runs
+the networks, `pack` codes the integers that come out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numcodecs import zstd
+
+from ucray.codec.bitstream import Chunk, Kind, NeuralBody, write_chunk
+from ucray.codec.chunk import ChunkFormat, Voxels
+from ucray.codec.codebook import quantise_codes
+from ucray.codec.context import FEATURE_UNITS, LARGEST_LATENT, Codes
+from ucray.codec.decoder import ChunkDecoder, channels_last, doubled, pairs, ready
+from ucray.codec.fill import fill_mask, inpaint, keep_off_fill, pack_mask
+from ucray.codec.network import Analysis, load_network
+from ucray.codec.stream import CodedLatents, StreamModel, Symbols
+from ucray.codec.weights import Weights
+from ucray.errors import SettingsError
+from ucray.grid import Box, Shape3, triple
+from ucray.quality import ErrorSum
+
+RAW_LEVEL = 3
+"""zstd level of raw chunks."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One chunk between the two halves of encoding: integers, no voxels.
+
+    `symbols` belong to a neural chunk; `value` to a constant one; `raw` is a zstd frame, present where
+    it might be the shorter form. `error` is that of the neural form; `neural` is False where there
+    can be none.
+    """
+
+    origin: Shape3 | None
+    mask: bytes
+    value: bytes
+    raw: bytes
+    symbols: Symbols | None
+    error: ErrorSum
+    neural: bool
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the networks say of one chunk, before any quality is chosen.
+
+    `codes` uint8 (stages, z, y, x); `values` float32 (z, y, x, latents), in units of whole latents.
+    """
+
+    codes: Codes
+    values: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A coded chunk and its figures; no bytes at all for a chunk of nothing but fill."""
+
+    data: bytes
+    kind: Kind
+    error: ErrorSum
+
+
+class ChunkEncoder:
+    """Encodes chunks: networks and, with `pack`, entropy coding."""
+
+    def __init__(self, weights: Weights, chunk: ChunkFormat, *, device: str = "cpu") -> None:
+        self.decoder = ChunkDecoder(weights, chunk, device=device)
+        self.format = chunk
+        self.stream = weights.stream
+        self._config = weights.config
+        self._digest = weights.stream_digest
+        self._device = torch.device(device)
+        entries = weights.stream.context.codebook.astype(np.float32) / FEATURE_UNITS
+        self._codebook = torch.from_numpy(entries.astype(np.float32)).to(self._device)
+        self._analysis = Analysis(weights.config)
+        load_network(weights, "analysis", self._analysis)
+        self._analysis = ready(self._analysis, self._device)
+
+    def latents(self, chunks: Sequence[Voxels]) -> list[Latents]:
+        """Run the analysis on chunks (z, y, x), cut off by the volume's end or not."""
+        return [latents for pair in pairs(chunks) for latents in self._latents_pair(pair)]
+
+    def _latents_pair(self, pair: Sequence[Voxels]) -> list[Latents]:
+        padded = np.stack([self._padded(voxels) for voxels in doubled(pair)])[:, None]
+        mask = torch.from_numpy(fill_mask(padded, self.format.fill_value))
+        # What overflows here comes out of the networks as no number, and `drafts` codes it raw.
+        with np.errstate(over="ignore"):
+            values = padded.astype(np.float32) - np.float32(self.format.offset)
+            values /= np.float32(self.format.scale)
+        with torch.inference_mode():
+            x = inpaint(torch.from_numpy(values).to(self._device), mask.to(self._device))
+            y, z = self._analysis(channels_last(x))
+            codes = quantise_codes(self._codebook, z).to(torch.uint8).cpu().numpy()
+        values = y.permute(0, 2, 3, 4, 1).cpu().numpy() / self.stream.context.unit
+        return [Latents(*found) for found in list(zip(codes, values, strict=True))[: len(pair)]]
+
+    def drafts(
+        self, chunks: Sequence[Voxels], quality: int, origins: Sequence[Shape3 | None] | None = None
+    ) -> list[Draft | None]:
+        """First half of encoding chunks (z, y, x); None for one that is nothing but fill."""
+        places = origins if origins is not None else [None] * len(chunks)
+        found = [self._exact_draft(voxels, origin) for voxels, origin in zip(chunks, places, strict=True)]
+        neural = [
+            index
+            for index, draft in enumerate(found)
+            if draft is not None and not draft.value and draft.neural
+        ]
+        latents = self.latents([chunks[index] for index in neural])
+        coded = [self._quantised(one, quality) for one in latents]
+        decoded = self.decoder.reconstruct([one for _, one in coded])
+        for index, one, (symbols, _), voxels in zip(neural, latents, coded, decoded, strict=True):
+            draft = found[index]
+            assert draft is not None
+            found[index] = self._neural_draft(draft, chunks[index], one, symbols, voxels)
+        return found
+
+    def _exact_draft(self, voxels: Voxels, origin: Shape3 | None) -> Draft | None:
+        """What needs no network: fill, constants, numbers that are none; and the raw form of the rest."""
+        mask = fill_mask(voxels, self.format.fill_value)
+        if mask.all():
+            return None
+        padded = self._padded(voxels)
+        packed_mask = pack_mask(fill_mask(padded, self.format.fill_value)) if mask.any() else b""
+        draft = Draft(origin, packed_mask, b"", b"", None, ErrorSum(), True)
+        if (kept := voxels[~mask]).min() == kept.max():
+            return replace(draft, value=_little_endian(kept[0]), error=ErrorSum(voxels.size), neural=False)
+        raw = bytes(zstd.compress(_little_endian(padded), RAW_LEVEL))
+        if not np.isfinite(kept.astype(np.float64)).all():
+            return replace(draft, mask=b"", raw=raw, error=ErrorSum(voxels.size), neural=False)
+        return replace(draft, raw=raw)
+
+    def _neural_draft(
+        self,
+        draft: Draft,
+        voxels: Voxels,
+        latents: Latents,
+        symbols: Symbols,
+        decoded: Voxels,
+    ) -> Draft:
+        mask = fill_mask(voxels, self.format.fill_value)
+        inside = Box((0, 0, 0), triple(iter(voxels.shape))).slices
+        error = ErrorSum.between(voxels, keep_off_fill(decoded[inside], mask, self.format.fill_value))
+        if not (np.isfinite(latents.values).all() and math.isfinite(error.squared)):
+            return replace(draft, mask=b"", error=ErrorSum(voxels.size), neural=False)
+        # At worst a letter takes 24 bits, an escape 3 bytes more: a raw form longer than that cannot win.
+        keep_raw = len(draft.raw) < 6 * len(symbols) + 3 * latents.codes.size + 16
+        raw = draft.raw if keep_raw else b""
+        return replace(draft, raw=raw, symbols=symbols, error=error)
+
+    def _quantised(self, latents: Latents, quality: int) -> tuple[Symbols, CodedLatents]:
+        # Values that are no numbers never leave: their draft is raw.
+        values = np.nan_to_num(latents.values, posinf=LARGEST_LATENT, neginf=-LARGEST_LATENT)
+        return self.stream.quantise(latents.codes, values, quality)
+
+    def size_at(self, draft: Draft | None, latents: Latents, quality: int) -> int:
+        """Bytes that a drafted chunk takes at another quality; `latents` are those of its voxels."""
+        if draft is not None and draft.symbols is not None:
+            draft = replace(draft, symbols=self._quantised(latents, quality)[0])
+        return len(pack(draft, self.stream, self._digest).data)
+
+    def encode(self, voxels: Voxels, quality: int, origin: Shape3 | None = None) -> Packed:
+        """Both halves of encoding one chunk."""
+        (draft,) = self.drafts([voxels], quality, [origin])
+        return pack(draft, self.stream, self._digest)
+
+    def _padded(self, voxels: Voxels) -> Voxels:
+        if any(n > c for n, c in zip(voxels.shape, self.format.shape, strict=True)):
+            raise SettingsError(f"a chunk of shape {voxels.shape} is larger than {self.format.shape}")
+        missing = [(0, c - n) for n, c in zip(voxels.shape, self.format.shape, strict=True)]
+        return np.pad(voxels, missing, mode="edge")
+
+
+def pack(draft: Draft | None, stream: StreamModel, stream_digest: str) -> Packed:
+    """Second half of encoding: code a draft and choose the shortest kind. Needs no network."""
+    if draft is None:
+        return Packed(b"", Kind.CONSTANT, ErrorSum())
+    digest = bytes.fromhex(stream_digest)[:4]
+    raw = write_chunk(Chunk(Kind.RAW, digest, draft.origin, b"", draft.raw)) if draft.raw else b""
+    if draft.value:
+        data = write_chunk(Chunk(Kind.CONSTANT, digest, draft.origin, draft.mask, draft.value))
+        return Packed(data, Kind.CONSTANT, draft.error)
+    if draft.symbols is not None:
+        body = NeuralBody(draft.symbols.quality, *stream.encode(draft.symbols))
+        data = write_chunk(Chunk(Kind.NEURAL, digest, draft.origin, draft.mask, body))
+        if not raw or len(data) < len(raw):
+            return Packed(data, Kind.NEURAL, draft.error)
+    return Packed(raw, Kind.RAW, ErrorSum(draft.error.voxels))
+
+
+def _little_endian(voxels: Voxels | np.generic) -> bytes:
+    array = np.ascontiguousarray(voxels)
+    return array.astype(array.dtype.newbyteorder("<")).tobytes()

@@ -1,0 +1,102 @@
+"""From latents to the symbols of a stream and back: context model and frequency tables together.
+
+Encoder and decoder walk over the latents in the same passes; in each, the context model says mean
+and table of every latent from what was coded before. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ucray.codec import entropy
+from ucray.codec.context import Codes, ContextModel, Tables, Walk
+from ucray.codec.entropy import SILENT, FrequencyTables, SymbolReader
+from ucray.codec.rate import LARGEST_THRESHOLD, SLOPE
+from ucray.grid import Shape3
+
+LARGEST_SYMBOL = 32767
+
+
+@dataclass(frozen=True)
+class CodedLatents:
+    """Latents as a decoder gets them: codes, whole latents int64 (z, y, x, latents), quality."""
+
+    codes: Codes
+    latents: npt.NDArray[np.int64]
+    quality: int
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """What the entropy coder gets of one chunk: tables uint8 and symbols int16 of each pass, flat."""
+
+    codes: Codes
+    tables: tuple[Tables, ...]
+    values: tuple[npt.NDArray[np.int16], ...]
+    quality: int
+
+    def __len__(self) -> int:
+        return sum(map(len, self.values))
+
+
+@dataclass(frozen=True)
+class StreamModel:
+    """Everything that fixes how a stream is parsed."""
+
+    context: ContextModel
+    frequencies: FrequencyTables
+
+    def quantise(
+        self, codes: Codes, latents: npt.NDArray[np.float32], quality: int
+    ) -> tuple[Symbols, CodedLatents]:
+        """Round latents (z, y, x, latents), in units of the context model, to symbols."""
+        walk = Walk(self.context, codes, quality)
+        step = self.context.step[quality]
+        tables, values = [], []
+        for part in self.context.passes:
+            mean, table = walk.predict(part)
+            scaled = (walk.rows(part, latents) - mean) / step[part.first : part.last]
+            symbols = self._rounded(scaled, table)
+            walk.put(part, mean, symbols)
+            tables.append(table.reshape(-1))
+            values.append(symbols.reshape(-1))
+        return Symbols(codes, tuple(tables), tuple(values), quality), CodedLatents(
+            codes, walk.latents, quality
+        )
+
+    def encode(self, symbols: Symbols) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
+        """Words of the entropy coder, and the symbols that no table holds."""
+        parts = list(zip(symbols.tables, symbols.values, strict=True))
+        return entropy.encode(self.frequencies, symbols.codes, parts)
+
+    def decode(
+        self, words: npt.NDArray[np.uint32], escapes: npt.NDArray[np.int32], grid: Shape3, quality: int
+    ) -> CodedLatents:
+        """Undo `encode` for a chunk of `grid` codes (z, y, x).
+
+        Raises
+        ------
+        ChunkError
+            If the words end early, are left over, or the escapes do not fit them.
+        """
+        reader = SymbolReader(self.frequencies, words, escapes)
+        codes = reader.codes(grid)
+        walk = Walk(self.context, codes, quality)
+        for part in self.context.passes:
+            mean, table = walk.predict(part)
+            walk.put(part, mean, reader.symbols(table.reshape(-1)).reshape(table.shape))
+        reader.finish()
+        return CodedLatents(codes, walk.latents, quality)
+
+    def _rounded(self, scaled: npt.NDArray[np.float64], tables: Tables) -> npt.NDArray[np.int16]:
+        """Of two neighbouring symbols the one with the lower squared error + SLOPE * bits."""
+        size = np.minimum(np.abs(scaled), LARGEST_SYMBOL)
+        lower = np.floor(size)
+        extra = self.frequencies.extra_bits[tables]
+        threshold = 0.5 + SLOPE / 2 * np.where(lower > 0, extra[..., 1], extra[..., 0])
+        rounded = lower + (size - lower > np.clip(threshold, 0.5, LARGEST_THRESHOLD))
+        rounded = np.minimum(rounded, LARGEST_SYMBOL) * (tables != SILENT)
+        return np.asarray(np.copysign(rounded, scaled).astype(np.int16))
