@@ -66,6 +66,7 @@ def train(
     workers: Workers = 1,
     gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
     storage: Annotated[str | None, typer.Option(help="Where checkpoints go; path or s3:// URL.")] = None,
+    roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1 to learn from.")] = None,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
     as_json: AsJson = False,
@@ -89,6 +90,7 @@ def train(
             workers=workers,
             use_gpu=gpu,
             storage=storage,
+            roi=roi,
             connection=jobs.Connection(endpoint_url, array),
             listener=listener,
         )
@@ -152,6 +154,45 @@ def compress(
             listener=listener,
         )
     _print(dataclasses.asdict(report) | {"ratio": report.ratio}, as_json)
+
+
+@app.command()
+def bench(
+    source: Source,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder of the report.")],
+    weights: Annotated[str | None, typer.Option(help="Weights; without them ucray is left out.")] = None,
+    codecs: Annotated[str, typer.Option(help="Names with commas; all by default.")] = "",
+    ratios: Annotated[str, typer.Option(help="Ratios with commas.")] = "16,32,64,128,256,500",
+    roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")] = None,
+    chunk: Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")] = None,
+    endpoint_url: Endpoint = None,
+    array: ArrayName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Code a volume with ucray and its peers: tables, plots and BD-rates in a folder."""
+    from ucray.bench.report import to_markdown
+    from ucray.cluster.benchmark import bench as run
+    from ucray.cluster.benchmark import parse_ratios
+    from ucray.cluster.jobs import load_weights
+
+    with _progress(as_json) as listener:
+        found = run(
+            source,
+            output,
+            None if weights is None else load_weights(weights, endpoint_url),
+            codecs=[name for name in codecs.split(",") if name],
+            ratios=parse_ratios(ratios),
+            roi=roi,
+            chunk=None if chunk is None else parse_shape(chunk),
+            array=array,
+            endpoint_url=endpoint_url,
+            listener=listener,
+        )
+    if as_json:
+        points = [dataclasses.asdict(point) for point in found.points]
+        _print({"points": points, "missing": found.missing, "report": output}, as_json)
+    else:
+        Console().print(to_markdown(found, source), markup=False)
 
 
 @app.command()

@@ -64,3 +64,9 @@ class JobError(UcrayError):
     """A job failed while it ran; what it had committed stays, and the same command resumes it."""
 
     exit_status = 1
+
+
+class BenchError(UcrayError):
+    """A peer of the benchmark failed on the volume."""
+
+    exit_status = 1

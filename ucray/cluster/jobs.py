@@ -20,7 +20,7 @@ from ucray.cluster.verify import Verification, verify_archive
 from ucray.codec.weights import Weights
 from ucray.config import Settings, TrainingConfig
 from ucray.errors import DestinationError, SettingsError, WeightsError
-from ucray.grid import Shape3
+from ucray.grid import Shape3, parse_box
 from ucray.quality import ErrorSum
 from ucray.storage.archive import GROUP_KEY, WEIGHTS_KEY, Archive, find_archive, open_archive
 from ucray.storage.objects import Objects, open_objects, open_writable_store, translated
@@ -145,10 +145,11 @@ def train(
     workers: int = 1,
     use_gpu: bool = False,
     storage: str | None = None,
+    roi: str | None = None,
     connection: Connection = Connection(),
     listener: Listener = ignore,
 ) -> Weights:
-    """Train weights on a volume and write them to a new object at `destination`."""
+    """Train weights on a volume, or on a region of it, and write them to a new object."""
     volume = open_volume(source, connection.array, connection.endpoint_url)
     folder, name = _object(destination, connection.endpoint_url)
     folder.check_place()
@@ -160,6 +161,7 @@ def train(
             volume,
             settings or TrainingConfig(),
             start=start,
+            region=None if roi is None else parse_box(roi, volume.shape),
             workers=workers,
             use_gpu=use_gpu,
             storage=storage,

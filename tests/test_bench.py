@@ -1,0 +1,221 @@
+"""The benchmark: peers that really code, curves that compare rightly, a report that says all."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from ucray.bench import siren
+from ucray.bench.ours import CHUNK_OVERHEAD, VolumeCodec
+from ucray.bench.peers import PEERS
+from ucray.bench.report import bd_rate, write_report
+from ucray.bench.run import Bench, Point, codec_names, run_bench
+from ucray.bench.samples import Samples, blocks
+from ucray.cli import app
+from ucray.cluster.benchmark import bench
+from ucray.codec.weights import Weights
+from ucray.errors import SettingsError
+from ucray.grid import triple
+from ucray.synthetic import synthetic_volume
+
+POINT = Point("x", "volume", 0.0, 16.0, 30.0, 0.5, 1.0, 1.0, "1")
+
+Voxels = npt.NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def volume() -> Voxels:
+    """Cells and membranes, with a side that no block and no video frame divides."""
+    return np.ascontiguousarray(synthetic_volume((16, 70, 67), 3, padding=0))
+
+
+def curve(codec: str, ratios: list[float], psnrs: list[float]) -> list[Point]:
+    return [replace(POINT, codec=codec, ratio=r, psnr=p) for r, p in zip(ratios, psnrs, strict=True)]
+
+
+def test_half_the_bytes_at_equal_psnr_are_minus_fifty_percent() -> None:
+    anchor = curve("a", [10, 20, 40, 80], [36, 33, 30, 27])
+    half = curve("b", [20, 40, 80, 160], [36, 33, 30, 27])
+    assert bd_rate(anchor, half) == pytest.approx(-50.0, abs=1e-6)
+    assert bd_rate(half, anchor) == pytest.approx(100.0, abs=1e-6)
+    assert bd_rate(anchor, anchor) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_bd_rate_is_over_the_psnr_that_both_reach() -> None:
+    """Beyond the common range the second curve is absurdly bad; only its slope at the end may tell."""
+    anchor = curve("a", [10, 20, 40, 80], [36, 33, 30, 27])
+    other = curve("b", [20, 40, 80, 160, 161], [36, 33, 30, 27, 3])
+    assert bd_rate(anchor, other) == pytest.approx(-50.0, abs=2.0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        curve("b", [10, 20], [36, 33]),
+        curve("b", [10, 20, 40], [20, 19, 18]),
+        curve("b", [10, 20, 40], [float("inf")] * 3),
+    ],
+    ids=["two points", "no common psnr", "lossless"],
+)
+def test_curves_that_cannot_be_compared(other: list[Point]) -> None:
+    assert bd_rate(curve("a", [10, 20, 40, 80], [36, 33, 30, 27]), other) is None
+
+
+def test_points_beaten_in_both_are_left_out() -> None:
+    anchor = curve("a", [10, 20, 40, 80], [36, 33, 30, 27])
+    worse = [*anchor, replace(POINT, ratio=19.0, psnr=29.0)]
+    assert bd_rate(anchor, worse) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_peers_code_a_volume_coarser_and_coarser(name: str, volume: Voxels) -> None:
+    peer = PEERS[name]
+    if (reason := peer.missing()) is not None:
+        pytest.skip(reason)
+    original = volume[:8, :, :] if name != "siren" else volume[:8, :32, :32]
+    sizes, errors = [], []
+    for setting in (peer.settings[0], peer.settings[-1]):
+        data = peer.encode(np.ascontiguousarray(original), setting)
+        decoded = peer.decode(data, triple(iter(original.shape)))
+        assert decoded.shape == original.shape
+        assert decoded.dtype == np.uint8
+        sizes.append(len(data))
+        errors.append(float(np.mean((decoded.astype(float) - original) ** 2)))
+    assert sizes[0] > sizes[1]
+    assert errors[0] < errors[1]
+    # Any of them tells more of the volume than its mean does.
+    assert errors[0] < original.var()
+
+
+@pytest.mark.parametrize("ratio", [16.0, 100.0])
+def test_a_siren_is_as_wide_as_its_budget_allows(ratio: float) -> None:
+    block = np.zeros((16, 32, 32), np.uint8)
+    width = siren.width_for(block.size, ratio)
+    counts = [sum(p.numel() for p in siren.Siren(w).parameters()) for w in (width, width + 1)]
+    assert counts[0] * 2 <= block.size / ratio < counts[1] * 2
+
+
+def test_samples_of_other_dtypes_come_back_within_half_a_step() -> None:
+    values = np.random.default_rng(0).integers(-3000, 9000, (4, 5, 6)).astype(np.int16)
+    samples = Samples.of(values)
+    assert samples.values.min() == 0
+    assert samples.values.max() == 255
+    assert np.abs(samples.back(samples.values) - values).max() <= samples.step / 2 + 1e-9
+    flat = Samples.of(np.full((2, 2, 2), 7.5, np.float32))
+    np.testing.assert_array_equal(flat.back(flat.values), 7.5)
+
+
+def test_blocks_cover_a_volume_once() -> None:
+    counts = np.zeros((5, 9, 7), int)
+    for box in blocks((5, 9, 7), (4, 4, 4)):
+        counts[box.slices] += 1
+    assert (counts == 1).all()
+
+
+def test_ucray_s_bytes_are_those_that_decode(tiny_weights: Weights, volume: Voxels) -> None:
+    codec = VolumeCodec(volume, tiny_weights, (16, 32, 32), 0.0)
+    coded = codec.encode(128)
+    assert len(coded.chunks) == 9
+    assert coded.nbytes == sum(map(len, coded.chunks)) + 9 * CHUNK_OVERHEAD
+    decoded = codec.decode(coded)
+    assert decoded.shape == volume.shape
+    assert np.mean((decoded.astype(float) - volume) ** 2) < volume.var() / 2
+    # One thread after another or side by side: each chunk is at its own place.
+    np.testing.assert_array_equal(codec.decode(coded), decoded)
+
+
+def test_a_run_measures_ours_and_theirs(tiny_weights: Weights, volume: Voxels) -> None:
+    seen: list[str] = []
+    found = run_bench(
+        volume, tiny_weights, (16, 32, 32), codecs=["ucray", "ucray-teacher", "jpeg"], ratios=[4, 12],
+        watch=seen.append,
+    )  # fmt: skip
+    assert seen == ["ucray", "ucray-teacher", "jpeg"]
+    assert found.missing == {}
+    by_codec = {name: [p for p in found.points if p.codec == name] for name in ("ucray", "ucray-teacher")}
+    student, teacher = by_codec["ucray"], by_codec["ucray-teacher"]
+    # The same stream, decoded by another network.
+    assert [p.ratio for p in student] == [p.ratio for p in teacher]
+    assert [p.psnr for p in student] != [p.psnr for p in teacher]
+    assert student[0].ratio < student[1].ratio
+    assert all(p.encode_speed > 0 and p.decode_speed > 0 and -1 <= p.ssim <= 1 for p in found.points)
+    assert len([p for p in found.points if p.codec == "JPEG"]) >= 2
+
+
+def test_what_cannot_run_is_named(volume: Voxels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "zfp", replace(PEERS["zfp"], missing=lambda: "zfp went home"))
+    found = run_bench(volume, None, (16, 32, 32), codecs=["ucray", "zfp"])
+    assert found == Bench((), {"ucray": "no weights were given", "zfp": "zfp went home"})
+
+
+def test_unknown_codecs_are_refused(volume: Voxels) -> None:
+    with pytest.raises(SettingsError, match="h266: choose from ucray"):
+        run_bench(volume, None, (16, 32, 32), codecs=["h266"])
+
+
+def test_a_report_holds_every_point_and_what_is_missing(tmp_path: Path) -> None:
+    points = [*curve("ucray", [10, 20, 40], [36, 33, 30]), *curve("x265 slow", [5, 10, 20], [36, 33, 30])]
+    files = write_report(Bench(tuple(points), {"av1": "ffmpeg is not installed"}), str(tmp_path), "cells")
+    assert sorted(files) == sorted(p.name for p in tmp_path.iterdir())
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["codec"], float(r["ratio"]), float(r["psnr"])) for r in rows] == [
+        (p.codec, p.ratio, p.psnr) for p in points
+    ]
+    text = (tmp_path / "table.md").read_text()
+    assert "| x265 slow | -50.0 % |" in text
+    assert "Missing: av1: ffmpeg is not installed." in text
+    for name in ("psnr", "ssim"):
+        assert Image.open(tmp_path / f"{name}.png").size > (500, 300)
+        assert ElementTree.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_the_command_writes_a_report(tmp_path: Path, tiny_weights: Weights) -> None:
+    source, weights, out = tmp_path / "v.zarr", tmp_path / "w.safetensors", tmp_path / "report"
+    weights.write_bytes(tiny_weights.to_bytes())
+    run: Callable[..., Any] = CliRunner().invoke
+    assert run(app, ["synth", str(source), "--shape", "32,64,64"]).exit_code == 0
+    done = run(
+        app,
+        [
+            *("bench", str(source), "-o", str(out), "--weights", str(weights), "--codecs", "ucray,jpeg"),
+            *("--ratios", "4,8", "--roi", "0:32,0:64,0:32", "--chunk", "32,32,32", "--json"),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert {point["codec"] for point in document["points"]} == {"ucray", "JPEG"}
+    assert document["missing"] == {}
+    assert (out / "table.md").read_text().startswith("# v.zarr")
+
+
+@pytest.mark.parametrize("ratios", ["1", "a,b", "16,,32", "inf", ""])
+def test_ratios_that_are_none_are_refused(ratios: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", str(tmp_path), "-o", str(tmp_path), "--ratios", ratios])
+    assert isinstance(done.exception, SettingsError)
+
+
+def test_a_region_too_large_for_one_machine_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "v.zarr"
+    assert CliRunner().invoke(app, ["synth", str(source), "--shape", "32,32,32"]).exit_code == 0
+    monkeypatch.setattr("ucray.cluster.benchmark.LARGEST", 100)
+    with pytest.raises(SettingsError, match="smaller --roi"):
+        bench(str(source), str(tmp_path / "out"), None)
+
+
+def test_names_are_those_of_the_table() -> None:
+    assert codec_names()[:2] == ("ucray", "ucray-teacher")
+    assert set(codec_names()[2:]) == set(PEERS)

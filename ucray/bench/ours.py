@@ -1,0 +1,107 @@
+"""ucray in the benchmark: chunks coded on threads, every byte that an archive spends on them counted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ucray.bench.samples import blocks
+from ucray.codec.chunk import ChunkFormat, normalisation
+from ucray.codec.decoder import ChunkDecoder
+from ucray.codec.encoder import ChunkEncoder
+from ucray.codec.rate import finest_within
+from ucray.codec.weights import Weights
+from ucray.grid import Shape3, triple
+
+Volume = npt.NDArray[np.generic]
+
+CHUNK_OVERHEAD = 16 + 34
+"""Bytes an archive spends on a chunk beside its payload: in the shard's index, and its statistics."""
+
+SEARCHED = 16
+"""Chunks on which the quality for a ratio is searched."""
+
+THREADS = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A coded volume: payload of every chunk."""
+
+    chunks: tuple[bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.chunks)) + CHUNK_OVERHEAD * len(self.chunks)
+
+
+class VolumeCodec:
+    """Codes one volume (z, y, x) with given weights."""
+
+    def __init__(self, volume: Volume, weights: Weights, chunk: Shape3, fill_value: float) -> None:
+        offset, scale = normalisation([volume], fill_value)
+        self._format = ChunkFormat(chunk, str(volume.dtype), fill_value, offset, scale)
+        self._volume = volume
+        self._weights = weights
+        self._boxes = list(blocks(triple(iter(volume.shape)), chunk))
+        self._encoders = [ChunkEncoder(weights, self._format) for _ in range(THREADS)]
+
+    def quality_for(self, ratio: float) -> int:
+        """The quality whose ratio on a sample of the chunks meets `ratio`."""
+        picked = self._boxes[:: max(1, len(self._boxes) // SEARCHED)]
+        encoder = self._encoders[0]
+        chunks = [self._volume[box.slices] for box in picked]
+        drafts = encoder.drafts(chunks, 0)
+        latents = encoder.latents(chunks)
+        raw = sum(chunk.nbytes for chunk in chunks)
+
+        def size_at(quality: int) -> float:
+            pairs = zip(drafts, latents, strict=True)
+            return sum(encoder.size_at(draft, known, quality) + CHUNK_OVERHEAD for draft, known in pairs)
+
+        return finest_within(size_at, raw / ratio)
+
+    def encode(self, quality: int) -> Coded:
+        """All chunks, on as many threads as there are cores."""
+
+        def some(worker: int) -> list[bytes]:
+            mine = self._boxes[worker::THREADS]
+            return [self._encoders[worker].encode(self._volume[box.slices], quality).data for box in mine]
+
+        with one_thread_each(), ThreadPoolExecutor(THREADS) as pool:
+            shares = list(pool.map(some, range(THREADS)))
+        return Coded(tuple(shares[n % THREADS][n // THREADS] for n in range(len(self._boxes))))
+
+    def decode(self, coded: Coded, part: str = "student") -> Volume:
+        """The volume back, with the student or the teacher."""
+        decoders = [ChunkDecoder(self._weights, self._format, part=part) for _ in range(THREADS)]
+        decoded = np.empty_like(self._volume)
+
+        def some(worker: int) -> None:
+            for box, data in list(zip(self._boxes, coded.chunks, strict=True))[worker::THREADS]:
+                inside = tuple(slice(0, n) for n in box.shape)
+                decoded[box.slices] = (
+                    decoders[worker].decode(data)[inside] if data else self._format.fill_value
+                )
+
+        with one_thread_each(), ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(some, range(THREADS)))
+        return decoded
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Chunks run side by side, so each keeps torch to one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

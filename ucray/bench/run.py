@@ -1,0 +1,173 @@
+"""Code a volume with ucray and with its peers, and measure rate, distortion and time in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ucray.bench.ours import THREADS, VolumeCodec
+from ucray.bench.peers import PEERS, Peer
+from ucray.bench.samples import Bytes3, Samples, blocks
+from ucray.codec.weights import Weights
+from ucray.errors import SettingsError
+from ucray.grid import Shape3, triple
+from ucray.quality import ErrorSum, ssim
+
+OURS = {"ucray": "student", "ucray-teacher": "teacher"}
+"""Names under which ucray takes part, and the network that decodes."""
+
+RATIOS = (16.0, 32.0, 64.0, 128.0, 256.0, 500.0)
+
+Volume = npt.NDArray[np.generic]
+Result = TypeVar("Result")
+Watch = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One codec at one setting. Speeds are megabytes of the volume a second, wall clock."""
+
+    codec: str
+    cut: str
+    setting: float
+    ratio: float
+    psnr: float
+    ssim: float
+    encode_speed: float
+    decode_speed: float
+    threads: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured, and why some codecs were not."""
+
+    points: tuple[Point, ...]
+    missing: dict[str, str]
+
+
+def codec_names() -> tuple[str, ...]:
+    """All codecs that can be asked for."""
+    return (*OURS, *PEERS)
+
+
+def run_bench(
+    volume: Volume,
+    weights: Weights | None,
+    chunk: Shape3,
+    *,
+    codecs: Sequence[str] = (),
+    ratios: Sequence[float] = RATIOS,
+    data_range: float = 255.0,
+    fill_value: float = 0.0,
+    watch: Watch = lambda codec: None,
+) -> Bench:
+    """Measure every codec on `volume` (z, y, x).
+
+    Parameters
+    ----------
+    codecs
+        Names of `codec_names`; all if empty.
+    ratios
+        ucray is coded at each; of a peer's settings those within their span and one on either side.
+
+    Raises
+    ------
+    SettingsError
+        If a codec has no such name.
+    """
+    chosen = tuple(codecs) or codec_names()
+    if unknown := sorted(set(chosen) - set(codec_names())):
+        raise SettingsError(f"--codecs {','.join(unknown)}: choose from {', '.join(codec_names())}")
+    points: list[Point] = []
+    missing: dict[str, str] = {}
+    ours = None
+    if weights is not None and not set(chosen).isdisjoint(OURS):
+        ours = VolumeCodec(volume, weights, chunk, fill_value)
+    for name in chosen:
+        watch(name)
+        if name in OURS:
+            if ours is None:
+                missing[name] = "no weights were given"
+            else:
+                points += _ours(ours, volume, name, ratios, data_range)
+        elif (reason := PEERS[name].missing()) is not None:
+            missing[name] = reason
+        else:
+            points += _peer(PEERS[name], volume, chunk, ratios, data_range)
+    return Bench(tuple(points), missing)
+
+
+def _ours(
+    codec: VolumeCodec, volume: Volume, name: str, ratios: Sequence[float], data_range: float
+) -> Iterator[Point]:
+    for ratio in ratios:
+        quality = codec.quality_for(ratio)
+        coded, encoding = _timed(lambda quality=quality: codec.encode(quality))  # type: ignore[misc]
+        decoded, decoding = _timed(lambda coded=coded: codec.decode(coded, OURS[name]))  # type: ignore[misc]
+        yield Point(
+            name,
+            "chunks",
+            float(quality),
+            volume.nbytes / coded.nbytes,
+            ErrorSum.between(volume, decoded).psnr(data_range),
+            ssim(volume, decoded, data_range),
+            volume.nbytes / encoding / 1e6,
+            volume.nbytes / decoding / 1e6,
+            str(THREADS),
+        )
+
+
+def _peer(
+    peer: Peer, volume: Volume, chunk: Shape3, ratios: Sequence[float], data_range: float
+) -> Iterator[Point]:
+    samples = Samples.of(volume)
+    shape = triple(iter(volume.shape))
+    boxes = list(blocks(shape, chunk if peer.cut == "chunks" else shape))
+    if peer.sampled:
+        boxes = boxes[:: -(-len(boxes) // peer.sampled)]
+    parts = [np.ascontiguousarray(samples.values[box.slices]) for box in boxes]
+    originals = [volume[box.slices] for box in boxes]
+    raw = sum(part.nbytes for part in originals)
+    note = f"{len(boxes)} of the volume's chunks" if peer.sampled else ""
+    for setting in peer.settings:
+        coded, encoding = _timed(lambda s=setting: [peer.encode(part, s) for part in parts])  # type: ignore[misc]
+        ratio = raw / sum(map(len, coded))
+        if ratio < min(ratios) / 2:
+            continue
+        decoded, decoding = _timed(
+            lambda coded=coded: [
+                peer.decode(d, triple(iter(p.shape))) for d, p in zip(coded, parts, strict=True)
+            ]  # type: ignore[misc]
+        )
+        error, similar = _distortion(samples, originals, decoded, data_range)
+        yield Point(
+            peer.name, peer.cut, setting, ratio, error.psnr(data_range), similar,
+            raw / encoding / 1e6, raw / decoding / 1e6, peer.threads, note,
+        )  # fmt: skip
+        if ratio > max(ratios):
+            return
+
+
+def _distortion(
+    samples: Samples, originals: list[Volume], decoded: list[Bytes3], data_range: float
+) -> tuple[ErrorSum, float]:
+    error = ErrorSum()
+    similar = 0.0
+    for original, values in zip(originals, decoded, strict=True):
+        back = samples.back(values)
+        error += ErrorSum.between(original, back)
+        similar += ssim(original, back, data_range) * original.size
+    return error, similar / error.voxels
+
+
+def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start

@@ -1,0 +1,81 @@
+"""`ucray bench` as a job: read a region of a volume, run the benchmark on it, write the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ucray.bench.report import write_report
+from ucray.bench.run import RATIOS, Bench, run_bench
+from ucray.cluster.rate import data_range
+from ucray.cluster.telemetry import Event, Listener, ignore
+from ucray.codec.weights import Weights
+from ucray.config import default_chunk
+from ucray.errors import SettingsError
+from ucray.grid import Box, Shape3, parse_box
+from ucray.storage.volume import open_volume
+
+LARGEST = 1 << 31
+"""Voxels that a benchmark holds in memory at once."""
+
+
+def parse_ratios(text: str) -> list[float]:
+    """Parse ratios with commas between; each above 1."""
+    try:
+        ratios = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingsError(f"--ratios {text}: not numbers with commas between") from None
+    if not all(1 < ratio < math.inf for ratio in ratios):
+        raise SettingsError(f"--ratios {text}: every ratio must be above 1")
+    return ratios
+
+
+def bench(
+    source: str,
+    folder: str,
+    weights: Weights | None,
+    *,
+    codecs: Sequence[str] = (),
+    ratios: Sequence[float] = RATIOS,
+    roi: str | None = None,
+    chunk: Shape3 | None = None,
+    array: str | None = None,
+    endpoint_url: str | None = None,
+    listener: Listener = ignore,
+) -> Bench:
+    """Measure ucray and its peers on a volume, and leave the report in a folder.
+
+    Raises
+    ------
+    SettingsError
+        If a codec is unknown, or the region is empty or too large for one machine.
+    """
+    volume = open_volume(source, array, endpoint_url)
+    region = Box((0, 0, 0), volume.shape) if roi is None else parse_box(roi, volume.shape)
+    if region.voxels > LARGEST:
+        raise SettingsError(f"{region} is too large to be coded in memory; give a smaller --roi")
+    if chunk is None:
+        chunk = (64, 64, 64) if weights is None else default_chunk(weights.config)
+    voxels: npt.NDArray[np.generic] = volume.read(region)
+    done = 0
+
+    def watch(codec: str) -> None:
+        nonlocal done
+        listener(Event("bench", done, len(codecs) or 1, codec))
+        done += 1
+
+    found = run_bench(
+        voxels,
+        weights,
+        chunk,
+        codecs=codecs,
+        ratios=ratios,
+        data_range=data_range([voxels], volume.dtype, volume.fill_value),
+        fill_value=volume.fill_value,
+        watch=watch,
+    )
+    write_report(found, folder, f"{source.rstrip('/').rpartition('/')[2]} {region}")
+    return found
