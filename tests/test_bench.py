@@ -138,10 +138,10 @@ def test_ucray_s_bytes_are_those_that_decode(tiny_weights: Weights, volume: Voxe
 def test_a_run_measures_ours_and_theirs(tiny_weights: Weights, volume: Voxels) -> None:
     seen: list[str] = []
     found = run_bench(
-        volume, tiny_weights, (16, 32, 32), codecs=["ucray", "ucray-teacher", "jpeg"], ratios=[4, 12],
+        volume, tiny_weights, (16, 32, 32), codecs=["ucray", "ucray-teacher", "sz3"], ratios=[40, 100],
         watch=seen.append,
     )  # fmt: skip
-    assert seen == ["ucray", "ucray-teacher", "jpeg"]
+    assert seen == ["ucray", "ucray-teacher", "sz3"]
     assert found.missing == {}
     by_codec = {name: [p for p in found.points if p.codec == name] for name in ("ucray", "ucray-teacher")}
     student, teacher = by_codec["ucray"], by_codec["ucray-teacher"]
@@ -150,7 +150,7 @@ def test_a_run_measures_ours_and_theirs(tiny_weights: Weights, volume: Voxels) -
     assert [p.psnr for p in student] != [p.psnr for p in teacher]
     assert student[0].ratio < student[1].ratio
     assert all(p.encode_speed > 0 and p.decode_speed > 0 and -1 <= p.ssim <= 1 for p in found.points)
-    assert len([p for p in found.points if p.codec == "JPEG"]) >= 2
+    assert len([p for p in found.points if p.codec == "SZ3"]) >= 2
 
 
 def test_what_cannot_run_is_named(volume: Voxels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,8 @@ def test_a_report_holds_every_point_and_what_is_missing(tmp_path: Path) -> None:
     assert "| x265 slow | -50.0 % |" in text
     assert "Missing: av1: ffmpeg is not installed." in text
     for name in ("psnr", "ssim"):
-        assert Image.open(tmp_path / f"{name}.png").size > (500, 300)
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 300
         assert ElementTree.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
 
 
@@ -189,13 +190,13 @@ def test_the_command_writes_a_report(tmp_path: Path, tiny_weights: Weights) -> N
     done = run(
         app,
         [
-            *("bench", str(source), "-o", str(out), "--weights", str(weights), "--codecs", "ucray,jpeg"),
-            *("--ratios", "4,8", "--roi", "0:32,0:64,0:32", "--chunk", "32,32,32", "--json"),
+            *("bench", str(source), "-o", str(out), "--weights", str(weights), "--codecs", "ucray,sz3"),
+            *("--ratios", "40,80", "--roi", "0:32,0:64,0:32", "--chunk", "32,32,32", "--json"),
         ],
     )
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
-    assert {point["codec"] for point in document["points"]} == {"ucray", "JPEG"}
+    assert {point["codec"] for point in document["points"]} == {"ucray", "SZ3"}
     assert document["missing"] == {}
     assert (out / "table.md").read_text().startswith("# v.zarr")
 

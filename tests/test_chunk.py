@@ -469,3 +469,68 @@ def test_normalisation_of_odd_volumes(values: list[float], expected: tuple[float
 def test_a_device_that_is_named_is_taken() -> None:
     assert device_for("cpu") == "cpu"
     assert device_for("auto") in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+@pytest.mark.parametrize("bound", [0.0, 3.0])
+def test_bounded_chunks(
+    dtype: str, bound: float, tiny_weights: Weights, chunk_format: Formats, voxels_of: VoxelsOf
+) -> None:
+    """Every voxel within the bound, padding exact, cut-off chunks too; zero bounds are lossless."""
+    chunk = replace(chunk_format(dtype), fill_value=fill_value_of(dtype))
+    bound *= chunk.scale / 30.0
+    encoder = ChunkEncoder(tiny_weights, chunk, max_error=bound)
+    # Noise, as every microscope has it: a general compressor has nothing to gain from it.
+    noise = np.random.default_rng(0).normal(0, 0.3 * chunk.scale, (32, 20, 32))
+    voxels = voxels_of(chunk, (32, 20, 32), 31)
+    limits = {"uint8": (0, 255), "uint16": (0, 65535)}.get(dtype, (-32768, 32767))
+    voxels = np.clip(voxels + noise, *limits).astype(dtype)
+    voxels[:, 12:15] = voxels.dtype.type(chunk.fill_value)
+    packed = encoder.encode(voxels, QUALITY, (1, 2, 3))
+    decoder = ChunkDecoder(tiny_weights.decoder(bounded=True), chunk)
+    decoded = decoder.decode(packed.data, (1, 2, 3))[:, :20]
+    difference = np.abs(decoded.astype(np.float64) - voxels.astype(np.float64))
+    assert difference.max() <= bound
+    assert packed.error.maximum == difference.max()
+    np.testing.assert_array_equal(decoded[:, 12:15], chunk.fill_value)
+    if dtype == "float32" and bound == 0.0:
+        assert packed.kind is Kind.RAW
+    else:
+        assert packed.kind is Kind.BOUNDED
+        raw = len(zstd.compress(np.ascontiguousarray(voxels).tobytes(), RAW_LEVEL))
+        assert len(packed.data) < raw
+
+
+def test_bounded_chunks_of_noise_are_no_larger_than_raw(tiny_weights: Weights, chunk_format: Formats) -> None:
+    chunk = chunk_format("uint8")
+    voxels = np.random.default_rng(0).integers(1, 256, FULL).astype(np.uint8)
+    packed = ChunkEncoder(tiny_weights, chunk, max_error=0.0).encode(voxels, QUALITY)
+    np.testing.assert_array_equal(ChunkDecoder(tiny_weights, chunk).decode(packed.data), voxels)
+    assert len(packed.data) < 1.01 * voxels.nbytes
+
+
+def test_a_bound_needs_the_reference(tiny_weights: Weights, chunk_format: Formats) -> None:
+    tensors = {k: v for k, v in tiny_weights.tensors.items() if not k.startswith("reference.")}
+    with pytest.raises(WeightsError, match="no reference"):
+        ChunkEncoder(Weights(tiny_weights.config, tensors), chunk_format("uint8"), max_error=1.0)
+
+
+def test_bounded_bytes_do_not_depend_on_threads_or_company(
+    tiny_weights: Weights, chunk_format: Formats, voxels_of: VoxelsOf
+) -> None:
+    """Decoding needs no float network, so threads cannot change a voxel; nor can what is decoded beside."""
+    chunk = chunk_format("uint8")
+    encoder = ChunkEncoder(tiny_weights, chunk, max_error=2.0)
+    company = [voxels_of(chunk, FULL, seed) for seed in (40, 41, 42)]
+    decoder = ChunkDecoder(tiny_weights.decoder(bounded=True), chunk)
+    packed = [encoder.pack(draft) for draft in encoder.drafts(company, QUALITY)]
+    alone = [decoder.decode(one.data) for one in packed]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for one, expected, original in zip(packed, alone, company, strict=True):
+            again = ChunkDecoder(tiny_weights.decoder(bounded=True), chunk).decode(one.data)
+            np.testing.assert_array_equal(again, expected)
+            assert np.abs(again.astype(int) - original).max() <= 2
+    finally:
+        torch.set_num_threads(before)

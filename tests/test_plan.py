@@ -58,7 +58,7 @@ def test_a_region_is_planned_in_its_own_coordinates() -> None:
         ({"roi": "5:5,:,:"}, "is empty"),
         ({"roi": "0:300,:,:"}, "does not lie in the volume"),
         ({"roi": "0:9"}, "not of the form"),
-        ({"chunk": (60, 64, 64)}, "multiple of 16,16,16"),
+        ({"chunk": (60, 64, 64)}, "multiple of 32,32,32"),
         ({"shard": (96, 64, 64)}, "multiple of the chunk"),
         ({"memory": 2 * 2**30, "shard": (1024, 1024, 1024)}, "largest that fits is 512,512,512"),
         ({"memory": 2**20}, "largest that fits is none"),
@@ -135,9 +135,9 @@ def test_a_volume_smaller_than_a_chunk_cannot_be_trained_on() -> None:
 @pytest.mark.parametrize(
     ("voxel", "stride", "chunk"),
     [
-        ((8.0, 8.0, 8.0), (16, 16, 16), (64, 64, 64)),
-        ((50.0, 4.6, 4.6), (2, 16, 16), (16, 128, 128)),
-        ((16.0, 8.0, 8.0), (8, 16, 16), (64, 64, 64)),
+        ((8.0, 8.0, 8.0), (32, 32, 32), (64, 64, 64)),
+        ((50.0, 4.6, 4.6), (4, 32, 32), (16, 128, 128)),
+        ((16.0, 8.0, 8.0), (16, 32, 32), (64, 64, 64)),
     ],
 )
 def test_levels_follow_the_voxels(voxel: tuple[float, float, float], stride: Shape3, chunk: Shape3) -> None:

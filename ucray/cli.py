@@ -101,7 +101,14 @@ def train(
 def compress(
     source: Source,
     destination: Annotated[str, typer.Argument(metavar="DST", help="Archive to write or to finish.")],
-    ratio: Annotated[float, typer.Option(help="Source bytes over archive bytes.")] = 64.0,
+    ratio: Annotated[
+        float | None, typer.Option(help="Source bytes over archive bytes; 64 if no target is given.")
+    ] = None,
+    psnr: Annotated[float | None, typer.Option(help="Reach this PSNR in dB instead.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Keep every voxel within this error instead, on any machine.")
+    ] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Keep every voxel as it is.")] = False,
     weights: Annotated[str | None, typer.Option(help="Weights; without them they are trained first.")] = None,
     train_steps: Annotated[
         int | None, typer.Option(min=1, help="Train, or fine-tune --weights, that long.")
@@ -127,6 +134,9 @@ def compress(
 
     options = jobs.options_from(
         ratio=ratio,
+        psnr=psnr,
+        max_error=max_error,
+        lossless=lossless,
         chunk=None if chunk is None else parse_shape(chunk),
         shard=None if shard is None else parse_shape(shard),
         roi=roi,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, NDBuffer
 
 NAME = "ucray"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class UcrayCodec(ArrayBytesCodec):
         Normalisation of the volume; see `ChunkFormat`.
     quality
         Quality (0 to 255) at which chunks are written.
+    max_error
+        Bound on the error of every voxel, in its units; None where there is none.
     """
 
     is_fixed_size = False
@@ -54,6 +56,7 @@ class UcrayCodec(ArrayBytesCodec):
     offset: float
     scale: float
     quality: int
+    max_error: float | None = None
     chunk: ChunkFormat | None = None
 
     @classmethod
@@ -69,6 +72,8 @@ class UcrayCodec(ArrayBytesCodec):
                 )
             offset, scale = float(configuration["offset"]), float(configuration["scale"])
             quality = int(configuration["quality"])
+            bound = configuration["max_error"]
+            max_error = None if bound is None else float(bound)
             encoded, digest = configuration["weights"]["safetensors"], configuration["weights"]["digest"]
         except (KeyError, TypeError, ValueError):
             raise ArchiveError("the codec's configuration in zarr.json is incomplete") from None
@@ -80,11 +85,11 @@ class UcrayCodec(ArrayBytesCodec):
             raise WeightsError("the weights in zarr.json are damaged: not base64") from None
         if weights.digest != digest:
             raise WeightsError(f"the weights in zarr.json have digest {weights.digest}, not {digest}")
-        return cls(weights, offset, scale, quality)
+        return cls(weights, offset, scale, quality, max_error)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration for zarr.json, with the decoder's weights inside."""
-        decoder = self.weights.decoder()
+        decoder = self.weights.decoder(bounded=self.max_error is not None)
         return {
             "name": NAME,
             "configuration": {
@@ -92,6 +97,7 @@ class UcrayCodec(ArrayBytesCodec):
                 "offset": self.offset,
                 "scale": self.scale,
                 "quality": self.quality,
+                "max_error": self.max_error,
                 "weights": {
                     "digest": decoder.digest,
                     "safetensors": base64.b64encode(decoder.to_bytes()).decode("ascii"),
@@ -140,7 +146,7 @@ class UcrayCodec(ArrayBytesCodec):
     @cached_property
     def encoder(self) -> ChunkEncoder:
         """The encoder of the bound array; raises WeightsError if the weights can only decode."""
-        return ChunkEncoder(self.weights, self.bound)
+        return ChunkEncoder(self.weights, self.bound, max_error=self.max_error)
 
     async def _decode_single(self, chunk_data: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         codec = self.evolve_from_array_spec(chunk_spec)

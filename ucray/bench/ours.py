@@ -58,13 +58,11 @@ class VolumeCodec:
         picked = self._boxes[:: max(1, len(self._boxes) // SEARCHED)]
         encoder = self._encoders[0]
         chunks = [self._volume[box.slices] for box in picked]
-        drafts = encoder.drafts(chunks, 0)
-        latents = encoder.latents(chunks)
+        prepared = encoder.prepare(chunks)
         raw = sum(chunk.nbytes for chunk in chunks)
 
         def size_at(quality: int) -> float:
-            pairs = zip(drafts, latents, strict=True)
-            return sum(encoder.size_at(draft, known, quality) + CHUNK_OVERHEAD for draft, known in pairs)
+            return sum(encoder.size_at(one, quality) + CHUNK_OVERHEAD for one in prepared)
 
         return finest_within(size_at, raw / ratio)
 

@@ -122,7 +122,8 @@ def prepare(
             fill_value=volume.fill_value if np.isfinite(volume.fill_value) else str(volume.fill_value),
             chunk=plan.grid.chunk,
             shard=plan.grid.shard,
-            ratio=plan.ratio,
+            target=plan.target.describe(),
+            max_error=plan.target.max_error,
             quality=measured.quality,
             offset=measured.offset,
             scale=measured.scale,
@@ -163,7 +164,12 @@ def run(
     settings = archive.settings
     present = archive.present()
     missing = [index for index in settings.grid.shard_indices() if index not in present]
-    write = WriteJob(archive.objects.url, endpoint_url, settings, weights.decoder().to_bytes())
+    write = WriteJob(
+        archive.objects.url,
+        endpoint_url,
+        settings,
+        weights.decoder(bounded=settings.max_error is not None).to_bytes(),
+    )
     telemetry = Telemetry()
     telemetry.planned(plan.shard_count, len(present))
     way = _serially if options.serial else _on_ray

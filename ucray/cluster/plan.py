@@ -18,7 +18,7 @@ from ucray.errors import SettingsError
 from ucray.grid import Box, Grid, Shape3, format_shape, parse_box, round_up, triple
 from ucray.storage.volume import Volume
 
-FINGERPRINT_VERSION = 1
+FINGERPRINT_VERSION = 2
 
 NETWORK_MEMORY = 1536 * 2**20
 """Bytes an encode worker holds whatever the shard: interpreter, torch, networks, one chunk's features."""
@@ -30,14 +30,53 @@ SHARD_CHUNKS = 8
 """Chunks on each axis of a default shard."""
 
 
-class CompressOptions(Settings):
-    """What the user asks of a compress job; None leaves the choice to the plan."""
+DEFAULT_RATIO = 64.0
 
-    ratio: Annotated[float, Field(ge=1.0, le=1e6)] = 64.0
+
+class CompressOptions(Settings):
+    """What the user asks of a compress job; None leaves the choice to the plan.
+
+    At most one of `ratio` (source bytes over archive bytes), `psnr` (dB), `max_error` (of any voxel, in
+    its units) and `lossless` is the target; without any it is DEFAULT_RATIO.
+    """
+
+    ratio: Annotated[float, Field(ge=1.0, le=1e6)] | None = None
+    psnr: Annotated[float, Field(gt=0.0, le=200.0)] | None = None
+    max_error: Annotated[float, Field(ge=0.0, le=1e30)] | None = None
+    lossless: bool = False
     chunk: Shape3 | None = None
     shard: Shape3 | None = None
     roi: str | None = None
     memory: Annotated[int, Field(ge=1)] = 6 * 2**30
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an archive must meet; of the three, those that are None were not asked for.
+
+    A `max_error` of zero is lossless.
+    """
+
+    ratio: float
+    psnr: float | None = None
+    max_error: float | None = None
+
+    @classmethod
+    def of(cls, options: CompressOptions) -> Target:
+        """The one target of some options; raises SettingsError if there are two."""
+        asked = [name for name in ("ratio", "psnr", "max_error") if getattr(options, name) is not None]
+        asked += ["lossless"] * options.lossless
+        if len(asked) > 1:
+            names = " and ".join("--" + name.replace("_", "-") for name in asked)
+            raise SettingsError(f"{names} contradict each other; give one of them")
+        ratio = DEFAULT_RATIO if options.ratio is None else options.ratio
+        return cls(ratio, options.psnr, 0.0 if options.lossless else options.max_error)
+
+    def describe(self) -> dict[str, float]:
+        """The one target by name."""
+        if self.max_error is not None:
+            return {"max_error": self.max_error}
+        return {"ratio": self.ratio} if self.psnr is None else {"psnr": self.psnr}
 
 
 @dataclass(frozen=True)
@@ -50,8 +89,8 @@ class CompressPlan:
         The source and the box of it that is compressed.
     grid
         Chunks and shards of the region.
-    ratio
-        Wanted ratio of source bytes to all bytes of the archive but its weights.
+    target
+        What the archive must meet; a ratio is that of source bytes to all its bytes but the weights.
     peak_memory
         Projected bytes of an encode worker.
     fingerprint
@@ -61,7 +100,7 @@ class CompressPlan:
     volume: Volume
     region: Box
     grid: Grid
-    ratio: float
+    target: Target
     peak_memory: int
     fingerprint: str
 
@@ -101,8 +140,10 @@ class CompressPlan:
             "chunks": self.chunk_count,
             "shards": self.shard_count,
             "bytes_in": self.bytes_in,
-            "ratio": self.ratio,
-            "projected_bytes_out": round(self.bytes_in / self.ratio),
+            "target": self.target.describe(),
+            "projected_bytes_out": (
+                round(self.bytes_in / self.target.ratio) if "ratio" in self.target.describe() else None
+            ),
             "peak_memory_per_worker": self.peak_memory,
             "fingerprint": self.fingerprint,
         }
@@ -117,6 +158,7 @@ def plan_compress(volume: Volume, config: CodecConfig, options: CompressOptions)
         If the region is empty, chunk or shard do not fit the networks or each other, or a worker
         would need more than `options.memory`.
     """
+    target = Target.of(options)
     region = Box((0, 0, 0), volume.shape) if options.roi is None else parse_box(options.roi, volume.shape)
     chunk = options.chunk or default_chunk(config)
     if any(c % s for c, s in zip(chunk, config.stride, strict=True)):
@@ -143,10 +185,10 @@ def plan_compress(volume: Volume, config: CodecConfig, options: CompressOptions)
             "region": str(region),
             "chunk": chunk,
             "shard": shard,
-            "ratio": options.ratio,
+            "target": target.describe(),
         }
     )
-    return CompressPlan(volume, region, grid, options.ratio, peak, fingerprint)
+    return CompressPlan(volume, region, grid, target, peak, fingerprint)
 
 
 def default_shard(shape: Shape3, chunk: Shape3) -> Shape3:

@@ -1,4 +1,4 @@
-"""Measure a volume before it is compressed: normalisation, range, and the quality for a ratio."""
+"""Measure a volume before it is compressed: normalisation, range, and the quality for its target."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ucray.cluster.plan import CompressPlan, sample_chunk_boxes
 from ucray.cluster.telemetry import Event, Listener
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import device_for
-from ucray.codec.encoder import ChunkEncoder, Draft, Latents
+from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.fill import fill_mask
-from ucray.codec.rate import finest_within
+from ucray.codec.rate import coarsest_reaching, finest_within
 from ucray.codec.weights import Weights
+from ucray.quality import ErrorSum
 
 SAMPLED_CHUNKS = 64
 """Chunks on which quality is searched; a volume of no more is measured whole."""
@@ -24,6 +25,9 @@ CHUNK_OVERHEAD = 16 + 34
 
 SHARD_OVERHEAD = 4 + 180
 """Bytes a shard costs beside its chunks: the index's checksum, and the head of its statistics."""
+
+BOUNDED_QUALITIES = (64, 112, 160, 208, 255)
+"""Qualities of the coarse form that are tried where a bound, not a rate, is asked for."""
 
 ARCHIVE_OVERHEAD = 1600
 """Bytes of the metadata of group and array but for the weights."""
@@ -40,34 +44,46 @@ class Measured:
 
 
 def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: Listener) -> Measured:
-    """Read a sample of chunks and search the quality whose projected ratio meets the plan's."""
+    """Read a sample of chunks and search the quality that meets the plan's target on it."""
     boxes = sample_chunk_boxes(plan.grid, SAMPLED_CHUNKS)
     samples = []
     for number, box in enumerate(boxes):
         samples.append(plan.volume.read(plan.source_box(box)))
         listener(Event("measure", number + 1, 2 * len(boxes)))
-    volume = plan.volume
+    volume, target = plan.volume, plan.target
     offset, scale = normalisation(samples, volume.fill_value)
+    peak = data_range(samples, volume.dtype, volume.fill_value)
     chunk = ChunkFormat(plan.grid.chunk, volume.dtype, volume.fill_value, offset, scale)
-    encoder = ChunkEncoder(weights, chunk, device=device_for(device))
-    drafts: list[Draft | None] = []
-    latents: list[Latents] = []
+    encoder = ChunkEncoder(weights, chunk, device=device_for(device), max_error=target.max_error)
+    prepared: list[Prepared] = []
     for number, sample in enumerate(samples):
-        drafts += encoder.drafts([sample], 0)
-        latents += encoder.latents([sample])
+        prepared += encoder.prepare([sample])
         listener(Event("measure", len(boxes) + number + 1, 2 * len(boxes)))
-    voxels = sum(box.voxels for box in boxes)
+    share = plan.region.voxels / sum(box.voxels for box in boxes)
 
-    def projected(quality: int) -> float:
-        """Bytes of the whole archive, without weights."""
-        payload = sum(
-            encoder.size_at(draft, known, quality) for draft, known in zip(drafts, latents, strict=True)
-        )
+    def archive_bytes(quality: int) -> float:
+        """Projected bytes of the whole archive, without weights."""
+        payload = sum(encoder.size_at(one, quality) for one in prepared)
         per_chunk = plan.chunk_count * CHUNK_OVERHEAD + plan.shard_count * SHARD_OVERHEAD
-        return payload * plan.region.voxels / voxels + per_chunk + ARCHIVE_OVERHEAD
+        return payload * share + per_chunk + ARCHIVE_OVERHEAD
 
-    quality = finest_within(projected, plan.bytes_in / plan.ratio)
-    return Measured(offset, scale, data_range(samples, volume.dtype, volume.fill_value), quality)
+    def psnr(quality: int) -> float:
+        error = ErrorSum()
+        for one in prepared:
+            (draft,) = encoder.drafts_at([one], quality)
+            error += ErrorSum(one.voxels.size) if draft is None else encoder.pack(draft).error
+        return error.psnr(peak)
+
+    def bounded_bytes(quality: int) -> int:
+        return sum(len(encoder.pack(draft).data) for draft in encoder.drafts_at(prepared, quality))
+
+    if target.max_error is not None:
+        quality = min(BOUNDED_QUALITIES, key=bounded_bytes)
+    elif target.psnr is not None:
+        quality = coarsest_reaching(psnr, target.psnr)
+    else:
+        quality = finest_within(archive_bytes, plan.bytes_in / target.ratio)
+    return Measured(offset, scale, peak, quality)
 
 
 def data_range(samples: list[npt.NDArray[np.generic]], dtype: str, fill_value: float) -> float:

@@ -157,6 +157,9 @@ class _Checker:
             if self._source is not None and not problems:
                 measured = self._measure(index, chunks)
                 problems += _differences(statistics.error, measured)
+                bound = self._archive.settings.max_error
+                if bound is not None and measured.maximum > bound:
+                    problems.append(f"a voxel is off by {measured.maximum:g}, beyond the bound of {bound:g}")
         except (ArchiveError, SourceError) as error:
             problems.append(str(error))
         return ShardFindings(index, len(chunks), tuple(problems), statistics, measured)

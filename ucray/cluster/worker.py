@@ -48,7 +48,10 @@ class ShardEncoder:
             torch.set_num_threads(job.threads)
         self._settings = job.settings
         self._encoder = ChunkEncoder(
-            Weights.from_bytes(job.weights), job.settings.chunk_format, device=device_for(job.device)
+            Weights.from_bytes(job.weights),
+            job.settings.chunk_format,
+            device=device_for(job.device),
+            max_error=job.settings.max_error,
         )
 
     def drafts(self, index: Shape3, voxels: npt.NDArray[np.generic]) -> list[Draft | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import struct
 from dataclasses import dataclass
 
 import google_crc32c
@@ -13,7 +14,7 @@ from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
 MAGIC = b"UC"
-VERSION = 1
+VERSION = 2
 HEADER = 12
 """Bytes before the body: magic, version, kind and flags, CRC-32C, digest of the stream."""
 
@@ -27,6 +28,7 @@ class Kind(enum.IntEnum):
     NEURAL = 0
     CONSTANT = 1
     RAW = 2
+    BOUNDED = 3
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,29 @@ class NeuralBody:
     quality: int
     words: npt.NDArray[np.uint32]
     escapes: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class ResidualBody:
+    """Bound on the error, low bits left uncoded, packed tables, the low bits, words, escapes."""
+
+    max_error: float
+    shift: int
+    tables: bytes
+    low: bytes
+    words: npt.NDArray[np.uint32]
+    escapes: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class BoundedBody:
+    """A coarse form and what is left of the voxels."""
+
+    coarse: NeuralBody
+    residual: ResidualBody
+
+
+Body = NeuralBody | BoundedBody | bytes
 
 
 @dataclass(frozen=True)
@@ -51,14 +76,14 @@ class Chunk:
     mask
         Packed mask of fill voxels; empty if there are none.
     body
-        `NeuralBody`; the one value's little-endian bytes (constant); a zstd frame (raw).
+        `NeuralBody`; `BoundedBody`; the one value's little-endian bytes (constant); a zstd frame (raw).
     """
 
     kind: Kind
     stream_digest: bytes
     origin: Shape3 | None
     mask: bytes
-    body: NeuralBody | bytes
+    body: Body
 
 
 def write_chunk(chunk: Chunk) -> bytes:
@@ -72,9 +97,12 @@ def write_chunk(chunk: Chunk) -> bytes:
         flags |= HAS_MASK
         parts += [_varint(len(chunk.mask)), chunk.mask]
     if isinstance(chunk.body, NeuralBody):
-        escapes = b"".join(_varint(_zigzag(int(symbol))) for symbol in chunk.body.escapes)
-        words = chunk.body.words.astype("<u4").tobytes()
-        parts += [bytes([chunk.body.quality]), _varint(len(chunk.body.escapes)), escapes, words]
+        parts += [bytes([chunk.body.quality]), _symbols(chunk.body.words, chunk.body.escapes)]
+    elif isinstance(chunk.body, BoundedBody):
+        coarse, residual = chunk.body.coarse, chunk.body.residual
+        parts += [bytes([coarse.quality]), _sized(_symbols(coarse.words, coarse.escapes))]
+        parts += [struct.pack("<dB", residual.max_error, residual.shift), _sized(residual.tables)]
+        parts += [_sized(residual.low), _symbols(residual.words, residual.escapes)]
     else:
         parts.append(chunk.body)
     head = MAGIC + bytes([VERSION, flags])
@@ -106,20 +134,28 @@ def read_chunk(data: bytes) -> Chunk:
     reader = _Reader(tail, 4)
     origin = (reader.varint(), reader.varint(), reader.varint()) if data[3] & HAS_ORIGIN else None
     mask = reader.take(reader.varint()) if data[3] & HAS_MASK else b""
-    body: NeuralBody | bytes
+    body: Body
     if kind is Kind.NEURAL:
+        body = NeuralBody(reader.take(1)[0], *reader.symbols())
+    elif kind is Kind.BOUNDED:
         quality = reader.take(1)[0]
-        count = reader.varint()
-        if count > len(tail):
-            raise ChunkError("a chunk whose lengths do not fit its bytes")
-        escapes = np.array([_unzigzag(reader.varint()) for _ in range(count)], dtype=np.int32)
-        rest = reader.rest()
-        if len(rest) % 4:
-            raise ChunkError("a chunk whose lengths do not fit its bytes")
-        body = NeuralBody(quality, np.frombuffer(rest, dtype="<u4").astype(np.uint32), escapes)
+        coarse = NeuralBody(quality, *_Reader(reader.take(reader.varint()), 0).symbols())
+        max_error, shift = struct.unpack("<dB", reader.take(9))
+        tables, low = reader.take(reader.varint()), reader.take(reader.varint())
+        body = BoundedBody(coarse, ResidualBody(max_error, shift, tables, low, *reader.symbols()))
     else:
         body = reader.rest()
     return Chunk(kind, tail[:4], origin, mask, body)
+
+
+def _symbols(words: npt.NDArray[np.uint32], escapes: npt.NDArray[np.int32]) -> bytes:
+    """Number of escapes, escapes, words to the end."""
+    escaped = b"".join(_varint(_zigzag(int(symbol))) for symbol in escapes)
+    return _varint(len(escapes)) + escaped + words.astype("<u4").tobytes()
+
+
+def _sized(data: bytes) -> bytes:
+    return _varint(len(data)) + data
 
 
 def _checksum(head: bytes, tail: bytes) -> bytes:
@@ -164,6 +200,17 @@ class _Reader:
             if byte < 0x80:
                 return min(number, 0x7FFFFFFF)
         raise ChunkError("a chunk with a number that does not end")
+
+    def symbols(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
+        """Words and escapes of what is left."""
+        count = self.varint()
+        if count > len(self._data):
+            raise ChunkError("a chunk whose lengths do not fit its bytes")
+        escapes = np.array([_unzigzag(self.varint()) for _ in range(count)], dtype=np.int32)
+        rest = self.rest()
+        if len(rest) % 4:
+            raise ChunkError("a chunk whose lengths do not fit its bytes")
+        return np.frombuffer(rest, dtype="<u4").astype(np.uint32), escapes
 
     def rest(self) -> bytes:
         return self.take(len(self._data) - self._place)

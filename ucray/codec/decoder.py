@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ucray.codec.bitstream import Kind, NeuralBody, read_chunk
+from ucray.codec.bitstream import BoundedBody, Kind, NeuralBody, read_chunk
 from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.context import FEATURE_UNITS, SCALE_UNITS
 from ucray.codec.fill import keep_off_fill, unpack_exactly, unpack_mask
 from ucray.codec.network import Synthesis, load_network
+from ucray.codec.residual import apply_residual, decode_residual
 from ucray.codec.stream import CodedLatents
 from ucray.codec.weights import Weights
-from ucray.errors import ChunkError
+from ucray.errors import ChunkError, WeightsError
 from ucray.grid import Shape3, triple
 
 Network = TypeVar("Network", bound=torch.nn.Module)
@@ -42,10 +45,11 @@ class ChunkDecoder:
         self._stream = weights.stream
         self._digest = bytes.fromhex(weights.stream_digest)[:4]
         self._device = torch.device(device)
-        sizes = weights.config.teacher if part == "teacher" else weights.config.student
-        self._synthesis = Synthesis(weights.config, sizes)
-        load_network(weights, part, self._synthesis)
-        self._synthesis = ready(self._synthesis, self._device)
+        bounded = part == "student" and weights.part("reference")
+        if not (bounded or weights.part(part)):
+            raise WeightsError(f"the weights hold no {part}; decoder weights cannot do more than decode")
+        self._weights = weights
+        self._part = part
 
     def decode(self, data: bytes, origin: Shape3 | None = None) -> Voxels:
         """Voxels of one chunk, in the archive's dtype and chunk shape.
@@ -70,10 +74,10 @@ class ChunkDecoder:
         if origin is not None and chunk.origin is not None and chunk.origin != origin:
             raise ChunkError(f"the chunk of place {chunk.origin} stands at place {origin}")
         dtype = np.dtype(self.format.dtype).newbyteorder("<")
+        if isinstance(chunk.body, BoundedBody):
+            return self._decode_bounded(chunk.body, chunk.mask)
         if isinstance(chunk.body, NeuralBody):
-            body = chunk.body
-            coded = self._stream.decode(body.words, body.escapes, self._code_grid, body.quality)
-            (voxels,) = self.reconstruct([coded])
+            (voxels,) = self.reconstruct([self._coded(chunk.body)])
         elif chunk.kind is Kind.CONSTANT:
             if len(chunk.body) != dtype.itemsize:
                 raise ChunkError("a constant chunk that does not hold one value")
@@ -85,6 +89,29 @@ class ChunkDecoder:
             return raw.astype(self.format.dtype)
         mask = unpack_mask(chunk.mask, self.format.shape) if chunk.mask else np.zeros(self.format.shape, bool)
         return keep_off_fill(voxels, mask, self.format.fill_value)
+
+    def _coded(self, body: NeuralBody) -> CodedLatents:
+        return self._stream.decode(body.words, body.escapes, self._code_grid, body.quality)
+
+    def _decode_bounded(self, body: BoundedBody, mask: bytes) -> Voxels:
+        reference = self._weights.reference
+        cells = triple(n // c for n, c in zip(self.format.shape, reference.cell, strict=True))
+        counts = math.prod(cells), math.prod(reference.cell)
+        residual = decode_residual(body.residual, self._stream.frequencies, *counts)
+        predicted = reference.predict(self._coded(body.coarse).latents, self.format)
+        voxels = apply_residual(predicted, residual, self.format.dtype, reference.cell)
+        if mask:
+            # No voxel is moved off the fill value here: that would break the bound.
+            voxels[unpack_mask(mask, self.format.shape)] = self.format.fill_value
+        return voxels
+
+    @cached_property
+    def _synthesis(self) -> Synthesis:
+        """The network, loaded when the first chunk needs it: bounded archives hold none."""
+        config = self._weights.config
+        network = Synthesis(config, config.teacher if self._part == "teacher" else config.student)
+        load_network(self._weights, self._part, network)
+        return ready(network, self._device)
 
     def reconstruct(self, coded: Sequence[CodedLatents]) -> list[Voxels]:
         """The networks' half of decoding: integers to voxels, before fill is put back."""

@@ -15,13 +15,14 @@ import numpy.typing as npt
 import torch
 from numcodecs import zstd
 
-from ucray.codec.bitstream import Chunk, Kind, NeuralBody, write_chunk
+from ucray.codec.bitstream import BoundedBody, Chunk, Kind, NeuralBody, write_chunk
 from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.codebook import quantise_codes
 from ucray.codec.context import FEATURE_UNITS, LARGEST_LATENT, Codes
 from ucray.codec.decoder import ChunkDecoder, channels_last, doubled, pairs, ready
 from ucray.codec.fill import fill_mask, inpaint, keep_off_fill, pack_mask
 from ucray.codec.network import Analysis, load_network
+from ucray.codec.residual import Residual, apply_residual, encode_residual, residual_of
 from ucray.codec.stream import CodedLatents, StreamModel, Symbols
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
@@ -37,8 +38,7 @@ class Draft:
     """One chunk between the two halves of encoding: integers, no voxels.
 
     `symbols` belong to a neural chunk; `value` to a constant one; `raw` is a zstd frame, present where
-    it might be the shorter form. `error` is that of the neural form; `neural` is False where there
-    can be none.
+    it might be the shorter form; `residual` to a bounded one. `error` is that of the neural form.
     """
 
     origin: Shape3 | None
@@ -47,7 +47,7 @@ class Draft:
     raw: bytes
     symbols: Symbols | None
     error: ErrorSum
-    neural: bool
+    residual: Residual | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,18 @@ class Latents:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A chunk after the analysis: all that does not depend on the quality.
+
+    `draft` is None where there is nothing but fill; `latents` are None where no network is needed.
+    """
+
+    voxels: Voxels
+    draft: Draft | None
+    latents: Latents | None
+
+
+@dataclass(frozen=True)
 class Packed:
     """A coded chunk and its figures; no bytes at all for a chunk of nothing but fill."""
 
@@ -73,10 +85,19 @@ class Packed:
 class ChunkEncoder:
     """Encodes chunks: networks and, with `pack`, entropy coding."""
 
-    def __init__(self, weights: Weights, chunk: ChunkFormat, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        chunk: ChunkFormat,
+        *,
+        device: str = "cpu",
+        max_error: float | None = None,
+    ) -> None:
         self.decoder = ChunkDecoder(weights, chunk, device=device)
         self.format = chunk
         self.stream = weights.stream
+        self._max_error = max_error
+        self._reference = None if max_error is None else weights.reference
         self._config = weights.config
         self._digest = weights.stream_digest
         self._device = torch.device(device)
@@ -108,21 +129,45 @@ class ChunkEncoder:
         self, chunks: Sequence[Voxels], quality: int, origins: Sequence[Shape3 | None] | None = None
     ) -> list[Draft | None]:
         """First half of encoding chunks (z, y, x); None for one that is nothing but fill."""
+        return self.drafts_at(self.prepare(chunks, origins), quality)
+
+    def prepare(
+        self, chunks: Sequence[Voxels], origins: Sequence[Shape3 | None] | None = None
+    ) -> list[Prepared]:
+        """Run the analysis on chunks (z, y, x)."""
         places = origins if origins is not None else [None] * len(chunks)
-        found = [self._exact_draft(voxels, origin) for voxels, origin in zip(chunks, places, strict=True)]
-        neural = [
-            index
-            for index, draft in enumerate(found)
-            if draft is not None and not draft.value and draft.neural
+        drafts = [self._exact_draft(voxels, place) for voxels, place in zip(chunks, places, strict=True)]
+        neural = [i for i, draft in enumerate(drafts) if draft is not None and self._fits(draft, chunks[i])]
+        latents = dict(zip(neural, self.latents([chunks[i] for i in neural]), strict=True))
+        return [
+            Prepared(voxels, draft, latents.get(i))
+            for i, (voxels, draft) in enumerate(zip(chunks, drafts, strict=True))
         ]
-        latents = self.latents([chunks[index] for index in neural])
-        coded = [self._quantised(one, quality) for one in latents]
+
+    def drafts_at(self, prepared: Sequence[Prepared], quality: int) -> list[Draft | None]:
+        """Drafts of prepared chunks at a quality, with their errors."""
+        found = [one.draft for one in prepared]
+        neural = [i for i, one in enumerate(prepared) if one.latents is not None]
+        coded = [self._quantised(prepared[i], quality) for i in neural]
+        if self._reference is not None:
+            for i, (symbols, quantised) in zip(neural, coded, strict=True):
+                found[i] = self._bounded_draft(prepared[i], symbols, quantised)
+            return found
         decoded = self.decoder.reconstruct([one for _, one in coded])
-        for index, one, (symbols, _), voxels in zip(neural, latents, coded, decoded, strict=True):
-            draft = found[index]
-            assert draft is not None
-            found[index] = self._neural_draft(draft, chunks[index], one, symbols, voxels)
+        for i, (symbols, _), voxels in zip(neural, coded, decoded, strict=True):
+            found[i] = self._neural_draft(prepared[i], symbols, voxels)
         return found
+
+    def size_at(self, prepared: Prepared, quality: int) -> int:
+        """Bytes that a prepared chunk takes at a quality, without decoding it."""
+        draft = prepared.draft
+        if draft is not None and prepared.latents is not None:
+            draft = replace(draft, symbols=self._quantised(prepared, quality)[0])
+        return len(self.pack(draft).data)
+
+    def pack(self, draft: Draft | None) -> Packed:
+        """Second half of encoding."""
+        return pack(draft, self.stream, self._digest)
 
     def _exact_draft(self, voxels: Voxels, origin: Shape3 | None) -> Draft | None:
         """What needs no network: fill, constants, numbers that are none; and the raw form of the rest."""
@@ -131,42 +176,59 @@ class ChunkEncoder:
             return None
         padded = self._padded(voxels)
         packed_mask = pack_mask(fill_mask(padded, self.format.fill_value)) if mask.any() else b""
-        draft = Draft(origin, packed_mask, b"", b"", None, ErrorSum(), True)
+        draft = Draft(origin, packed_mask, b"", b"", None, ErrorSum())
         if (kept := voxels[~mask]).min() == kept.max():
-            return replace(draft, value=_little_endian(kept[0]), error=ErrorSum(voxels.size), neural=False)
+            return replace(draft, value=_little_endian(kept[0]), error=ErrorSum(voxels.size))
         raw = bytes(zstd.compress(_little_endian(padded), RAW_LEVEL))
-        if not np.isfinite(kept.astype(np.float64)).all():
-            return replace(draft, mask=b"", raw=raw, error=ErrorSum(voxels.size), neural=False)
-        return replace(draft, raw=raw)
+        return replace(draft, raw=raw, error=ErrorSum(voxels.size))
 
-    def _neural_draft(
-        self,
-        draft: Draft,
-        voxels: Voxels,
-        latents: Latents,
-        symbols: Symbols,
-        decoded: Voxels,
-    ) -> Draft:
+    def _fits(self, draft: Draft, voxels: Voxels) -> bool:
+        """Whether a chunk is one for the networks: no constant, and every voxel a number."""
+        return not draft.value and bool(
+            np.issubdtype(voxels.dtype, np.integer)
+            or np.isfinite(voxels[~fill_mask(voxels, self.format.fill_value)]).all()
+        )
+
+    def _neural_draft(self, prepared: Prepared, symbols: Symbols, decoded: Voxels) -> Draft:
+        draft, voxels = prepared.draft, prepared.voxels
+        assert draft is not None
+        assert prepared.latents is not None
         mask = fill_mask(voxels, self.format.fill_value)
         inside = Box((0, 0, 0), triple(iter(voxels.shape))).slices
         error = ErrorSum.between(voxels, keep_off_fill(decoded[inside], mask, self.format.fill_value))
-        if not (np.isfinite(latents.values).all() and math.isfinite(error.squared)):
-            return replace(draft, mask=b"", error=ErrorSum(voxels.size), neural=False)
+        if not (np.isfinite(prepared.latents.values).all() and math.isfinite(error.squared)):
+            return replace(draft, mask=b"")
         # At worst a letter takes 24 bits, an escape 3 bytes more: a raw form longer than that cannot win.
-        keep_raw = len(draft.raw) < 6 * len(symbols) + 3 * latents.codes.size + 16
-        raw = draft.raw if keep_raw else b""
-        return replace(draft, raw=raw, symbols=symbols, error=error)
+        keep_raw = len(draft.raw) < 6 * len(symbols) + 3 * symbols.codes.size + 16
+        return replace(draft, raw=draft.raw if keep_raw else b"", symbols=symbols, error=error)
 
-    def _quantised(self, latents: Latents, quality: int) -> tuple[Symbols, CodedLatents]:
+    def _bounded_draft(self, prepared: Prepared, symbols: Symbols, coded: CodedLatents) -> Draft:
+        draft, voxels = prepared.draft, prepared.voxels
+        assert draft is not None
+        assert prepared.latents is not None
+        assert self._reference is not None
+        assert self._max_error is not None
+        floating = np.issubdtype(np.dtype(self.format.dtype), np.floating)
+        if not np.isfinite(prepared.latents.values).all() or (floating and self._max_error == 0.0):
+            return replace(draft, mask=b"")
+        inside = Box((0, 0, 0), triple(iter(voxels.shape))).slices
+        mask = fill_mask(voxels, self.format.fill_value)
+        kept = np.zeros(self.format.shape, dtype=bool)
+        kept[inside] = ~mask
+        predicted = self._reference.predict(coded.latents, self.format)
+        cell = self._reference.cell
+        residual = residual_of(self._padded(voxels), kept, predicted, self._max_error, cell)
+        decoded = apply_residual(predicted, residual, self.format.dtype, cell)[inside]
+        error = ErrorSum.between(voxels, np.where(mask, voxels, decoded))
+        if not error.maximum <= self._max_error:
+            return replace(draft, mask=b"")
+        return replace(draft, symbols=symbols, residual=residual, error=error)
+
+    def _quantised(self, prepared: Prepared, quality: int) -> tuple[Symbols, CodedLatents]:
+        assert prepared.latents is not None
         # Values that are no numbers never leave: their draft is raw.
-        values = np.nan_to_num(latents.values, posinf=LARGEST_LATENT, neginf=-LARGEST_LATENT)
-        return self.stream.quantise(latents.codes, values, quality)
-
-    def size_at(self, draft: Draft | None, latents: Latents, quality: int) -> int:
-        """Bytes that a drafted chunk takes at another quality; `latents` are those of its voxels."""
-        if draft is not None and draft.symbols is not None:
-            draft = replace(draft, symbols=self._quantised(latents, quality)[0])
-        return len(pack(draft, self.stream, self._digest).data)
+        values = np.nan_to_num(prepared.latents.values, posinf=LARGEST_LATENT, neginf=-LARGEST_LATENT)
+        return self.stream.quantise(prepared.latents.codes, values, quality)
 
     def encode(self, voxels: Voxels, quality: int, origin: Shape3 | None = None) -> Packed:
         """Both halves of encoding one chunk."""
@@ -190,10 +252,13 @@ def pack(draft: Draft | None, stream: StreamModel, stream_digest: str) -> Packed
         data = write_chunk(Chunk(Kind.CONSTANT, digest, draft.origin, draft.mask, draft.value))
         return Packed(data, Kind.CONSTANT, draft.error)
     if draft.symbols is not None:
-        body = NeuralBody(draft.symbols.quality, *stream.encode(draft.symbols))
-        data = write_chunk(Chunk(Kind.NEURAL, digest, draft.origin, draft.mask, body))
+        body: NeuralBody | BoundedBody
+        kind, body = Kind.NEURAL, NeuralBody(draft.symbols.quality, *stream.encode(draft.symbols))
+        if draft.residual is not None:
+            kind, body = Kind.BOUNDED, BoundedBody(body, encode_residual(draft.residual, stream.frequencies))
+        data = write_chunk(Chunk(kind, digest, draft.origin, draft.mask, body))
         if not raw or len(data) < len(raw):
-            return Packed(data, Kind.NEURAL, draft.error)
+            return Packed(data, kind, draft.error)
     return Packed(raw, Kind.RAW, ErrorSum(draft.error.voxels))
 
 

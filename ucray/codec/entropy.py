@@ -73,16 +73,16 @@ class FrequencyTables:
 
 
 def encode(
-    frequencies: FrequencyTables, codes: Codes, parts: Sequence[tuple[Tables, Symbols]]
+    frequencies: FrequencyTables, codes: Codes | None, parts: Sequence[tuple[Tables, Symbols]]
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
     """Code one chunk: (words of the coder, escaped symbols in coding order).
 
     Parameters
     ----------
     codes
-        uint8 (stages, z, y, x).
+        uint8 (stages, z, y, x); None for symbols alone.
     parts
-        For each pass over the latents the tables and the symbols, flat, in the order of the cells.
+        For each pass the tables and the symbols, flat, in the order of the cells.
     """
     coder = constriction.stream.stack.AnsCoder()
     escapes = []
@@ -98,7 +98,8 @@ def encode(
         for table, count in zip(reversed(used), reversed(counts), strict=True):
             coder.encode_reverse(letters[end - count : end], frequencies.symbol_models[table])
             end -= count
-    for model, row in reversed(list(zip(frequencies.code_models, codes, strict=True))):
+    planes = [] if codes is None else list(zip(frequencies.code_models, codes, strict=True))
+    for model, row in reversed(planes):
         coder.encode_reverse(row.reshape(-1).astype(np.int32), model)
     return coder.get_compressed(), np.concatenate([*reversed(escapes), np.empty(0, np.int32)])
 

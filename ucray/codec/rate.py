@@ -29,3 +29,15 @@ def finest_within(size_at: Callable[[int], float], target: float) -> int:
         else:
             high = middle - 1
     return low
+
+
+def coarsest_reaching(psnr_at: Callable[[int], float], target: float) -> int:
+    """The lowest quality whose PSNR is at least `target`; the highest quality if none is."""
+    low, high = 0, QUALITIES - 1
+    while low < high:
+        middle = (low + high) // 2
+        if psnr_at(middle) >= target:
+            high = middle
+        else:
+            low = middle + 1
+    return low

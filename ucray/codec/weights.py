@@ -1,7 +1,8 @@
 """Weights: the numbers of the networks and of the stream, with a digest; one safetensors file.
 
 Names of tensors start with the part they belong to: `stream.` (codebook and integer tables, needed
-by everyone), `analysis.` (to encode), `teacher.` and `student.` (to decode). Nothing is unpickled.
+by everyone), `analysis.` (to encode), `teacher.` and `student.` (to decode), `reference.` (to decode
+within a bound). Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from safetensors.numpy import load, save
 
 from ucray.codec.context import NEIGHBOURS, QUALITY_FEATURES, TABLES, ContextModel, Layer, coding_passes
 from ucray.codec.entropy import TOTAL, FrequencyTables
+from ucray.codec.residual import Reference
 from ucray.codec.stream import StreamModel
 from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import WeightsError
 
 FORMAT = "ucray-weights-2"
 DECODER_PARTS = ("stream", "student")
+BOUNDED_PARTS = ("stream", "reference")
 LAYERS = ("first", "middle", "last")
 
 SMALLEST_SHARE, LARGEST_SHARE = 2.0**-24, 2.0**10
@@ -92,6 +95,19 @@ class Weights:
         tables = ("reach", "frequencies", "code_frequencies")
         return StreamModel(context, FrequencyTables(**{name: arrays[name] for name in tables}))  # type: ignore[arg-type]
 
+    @cached_property
+    def reference(self) -> Reference:
+        """The linear reconstruction in whole numbers; raises WeightsError if there is none."""
+        arrays = self.part("reference")
+        weight, shift = arrays.get("weight"), arrays.get("shift")
+        cell = self.config.latent_cell
+        shape = (self.config.latents, cell[0] * cell[1] * cell[2])
+        if weight is None or shift is None:
+            raise WeightsError("the weights hold no reference; no error can be bounded with them")
+        if weight.dtype != "int16" or weight.shape != shape or shift.dtype != "uint8" or shift.shape != (1,):
+            raise WeightsError("the weights are damaged: their reference is misshapen")
+        return Reference(weight, int(shift[0]), cell)  # type: ignore[arg-type]
+
     def part(self, name: str, *, keep_prefix: bool = False) -> dict[str, Array]:
         """Tensors of one part; empty if these weights do not hold it."""
         prefix = name + "."
@@ -101,10 +117,13 @@ class Weights:
             if key.startswith(prefix)
         }
 
-    def decoder(self) -> Weights:
-        """What an archive must hold to be decoded: stream and student, nothing of the training."""
+    def decoder(self, *, bounded: bool = False) -> Weights:
+        """What an archive must hold to be decoded, nothing of the training.
+
+        The stream, and the student or, where every voxel's error is bounded, the reference.
+        """
         kept: dict[str, Array] = {}
-        for part in DECODER_PARTS:
+        for part in BOUNDED_PARTS if bounded else DECODER_PARTS:
             kept |= self.part(part, keep_prefix=True)
         return Weights(self.config, kept)
 

@@ -50,7 +50,7 @@ WEIGHTS_KEY = "ucray/weights.safetensors"
 class ArchiveSettings(Settings):
     """What an archive records of itself in the group's attributes, under "ucray"."""
 
-    version: int = 1
+    version: int = 2
     fingerprint: str
     source: str
     source_array: str
@@ -60,7 +60,8 @@ class ArchiveSettings(Settings):
     fill_value: float | str
     chunk: Shape3
     shard: Shape3
-    ratio: float
+    target: dict[str, float]
+    max_error: float | None
     quality: int
     offset: float
     scale: float
@@ -183,7 +184,7 @@ def create_archive(
         raise ArchiveError(f"{objects.url} does not give back what was written to it")
     check_same(archive, settings.fingerprint)
     stored = archive.settings
-    codec = UcrayCodec(weights, stored.offset, stored.scale, stored.quality)
+    codec = UcrayCodec(weights, stored.offset, stored.scale, stored.quality, stored.max_error)
     objects.put_new(ARRAY_KEY, array_metadata(stored, codec))
     return archive
 
@@ -192,9 +193,10 @@ def check_same(archive: Archive, fingerprint: str) -> None:
     """Refuse an archive that was made from another source or with other settings."""
     stored = archive.settings
     if stored.fingerprint != fingerprint:
+        target = ", ".join(f"{name} {value:g}" for name, value in stored.target.items())
         raise DestinationError(
             f"{archive.objects.url} holds an archive of {stored.source} with other settings "
-            f"(ratio {stored.ratio:g}, chunk {stored.chunk}, shard {stored.shard}, region {stored.region}, "
+            f"({target}, chunk {stored.chunk}, shard {stored.shard}, region {stored.region}, "
             f"weights {stored.weights_digest[:12]}); give another destination or the same settings"
         )
 

@@ -14,6 +14,7 @@ from ucray.codec.codebook import quantise_codes
 from ucray.codec.context import FEATURE_UNITS
 from ucray.codec.entropy import SILENT, FrequencyTables, logistic_weights, to_frequencies
 from ucray.codec.network import Synthesis, load_network
+from ucray.codec.residual import to_cells
 from ucray.codec.stream import StreamModel
 from ucray.codec.weights import Weights, stream_tensors
 from ucray.config import QUALITIES, CodecConfig
@@ -54,17 +55,17 @@ def to_weights(
             code_frequencies=np.stack([to_frequencies(np.ones(config.codes))] * config.code_stages),
         ),
     )
-    symbols, codes = _count(config, coder, draft, batches)
+    counts = _count(config, coder, draft, batches)
     counted = [
         to_frequencies(count + prior / prior.sum() * PRIOR_COUNT)
-        for count, prior in zip(symbols, logistic, strict=True)
+        for count, prior in zip(counts.symbols, logistic, strict=True)
     ]
     frequencies = FrequencyTables(
         reach=draft.frequencies.reach,
         frequencies=np.concatenate(counted),
-        code_frequencies=np.stack([to_frequencies(row + 1.0) for row in codes]),
+        code_frequencies=np.stack([to_frequencies(row + 1.0) for row in counts.codes]),
     )
-    tensors = stream_tensors(StreamModel(draft.context, frequencies))
+    tensors = stream_tensors(StreamModel(draft.context, frequencies)) | counts.reference()
     for part, module in (("analysis", coder.analysis), ("teacher", teacher), ("student", student)):
         tensors |= {
             f"{part}.{name}": value.half().cpu().numpy() for name, value in module.state_dict().items()
@@ -88,29 +89,56 @@ def load_weights(weights: Weights, coder: Coder, teacher: Synthesis, student: Sy
     coder.prior.from_integers(context)
 
 
-def _count(
-    config: CodecConfig, coder: Coder, draft: StreamModel, batches: Sequence[Tensor]
-) -> tuple[list[npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
-    """Symbols by frequency table (both signs counted alike), and codes by stage."""
+class _Counts:
+    """What calibration counts: symbols by table, codes by stage, moments for the linear reference."""
+
+    def __init__(self, config: CodecConfig, reach: npt.NDArray[np.int64]) -> None:
+        self.symbols = [np.zeros(2 * r + 2) for r in reach]
+        self.codes = np.zeros((config.code_stages, config.codes))
+        self._latents = np.zeros((config.latents, config.latents))
+        self._voxels = np.zeros((config.latents, int(np.prod(config.latent_cell))))
+        self._cell = config.latent_cell
+
+    def add_reconstruction(self, latents: npt.NDArray[np.int64], chunk: npt.NDArray[np.float32]) -> None:
+        """Whole latents (z, y, x, latents) and the normalised chunk they stand for."""
+        inputs = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
+        self._latents += inputs.T @ inputs
+        self._voxels += inputs.T @ to_cells(chunk.astype(np.float64), self._cell)
+
+    def reference(self) -> dict[str, npt.NDArray[np.generic]]:
+        """The linear reconstruction of least squared error, in whole numbers."""
+        ridge = 1e-6 * np.trace(self._latents) / len(self._latents) + 1e-9
+        solved = np.linalg.solve(self._latents + ridge * np.eye(len(self._latents)), self._voxels)
+        largest = max(float(np.abs(solved).max()), 2.0**-40)
+        shift = int(np.floor(np.log2(32767.0 / largest)))
+        return {
+            "reference.weight": np.rint(solved * 2.0**shift).astype(np.int16),
+            "reference.shift": np.array([shift], dtype=np.uint8),
+        }
+
+
+def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Sequence[Tensor]) -> _Counts:
+    """Count over batches; symbols of both signs alike."""
     reach = draft.frequencies.reach.astype(np.int64)
-    symbol_counts = [np.zeros(2 * r + 2) for r in reach]
-    code_counts = np.zeros((config.code_stages, config.codes))
+    counts = _Counts(config, reach)
     for batch in batches:
         with torch.no_grad():
             y, z = coder.analysis(batch)
             codes = quantise_codes(coder.codebook.entries, z).to(torch.uint8).cpu().numpy()
         latents = y.permute(0, 2, 3, 4, 1).cpu().numpy() / draft.context.unit
-        for values, one_codes in zip(latents, codes, strict=True):
+        for values, one_codes, chunk in zip(latents, codes, batch[:, 0].cpu().numpy(), strict=True):
             for stage, row in enumerate(one_codes):
-                code_counts[stage] += np.bincount(row.reshape(-1), minlength=config.codes)
+                counts.codes[stage] += np.bincount(row.reshape(-1), minlength=config.codes)
             for quality in CALIBRATION_QUALITIES:
-                symbols, _ = draft.quantise(one_codes, values, quality)
+                symbols, coded = draft.quantise(one_codes, values, quality)
+                if quality == CALIBRATION_QUALITIES[-2]:
+                    counts.add_reconstruction(coded.latents, chunk)
                 tables = np.concatenate(symbols.tables)
                 found = np.concatenate(symbols.values).astype(np.int64)
                 for table in np.unique(tables[tables != SILENT]):
                     some = found[tables == table]
                     size = np.where(np.abs(some) > reach[table], reach[table] + 1, some) + reach[table]
-                    counts = np.bincount(size, minlength=2 * int(reach[table]) + 2).astype(np.float64)
-                    counts[:-1] = (counts[:-1] + counts[-2::-1]) / 2
-                    symbol_counts[table] += counts
-    return symbol_counts, code_counts
+                    seen = np.bincount(size, minlength=2 * int(reach[table]) + 2).astype(np.float64)
+                    seen[:-1] = (seen[:-1] + seen[-2::-1]) / 2
+                    counts.symbols[table] += seen
+    return counts
