@@ -201,6 +201,24 @@ def test_the_command_writes_a_report(tmp_path: Path, tiny_weights: Weights) -> N
     assert (out / "table.md").read_text().startswith("# v.zarr")
 
 
+def test_the_command_times_the_stages(tmp_path: Path, tiny_weights: Weights) -> None:
+    source, weights, out = tmp_path / "v.zarr", tmp_path / "w.safetensors", tmp_path / "report"
+    weights.write_bytes(tiny_weights.to_bytes())
+    run: Callable[..., Any] = CliRunner().invoke
+    assert run(app, ["synth", str(source), "--shape", "64,64,64"]).exit_code == 0
+    common = ["bench", str(source), "-o", str(out), "--weights", str(weights)]
+    done = run(app, [*common, "--device", "cpu", "--batch", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    stages = json.loads(done.stdout)["stages"]
+    assert [stage["name"] for stage in stages][::5] == ["wavelet", "synthesis"]
+    # A chunk of 64^3 bytes: its time and its speed say the same.
+    for stage in stages:
+        assert stage["milliseconds"] * stage["speed"] == pytest.approx(64**3 / 1e3, rel=1e-6)
+    assert (out / "stages.md").read_text().count("|") > 6 * 5
+    refused = run(app, [*common, "--device", "abacus"])
+    assert "no such device" in str(refused.exception)
+
+
 @pytest.mark.parametrize("ratios", ["1", "a,b", "16,,32", "inf", ""])
 def test_ratios_that_are_none_are_refused(ratios: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", str(tmp_path), "-o", str(tmp_path), "--ratios", ratios])

@@ -327,6 +327,47 @@ def test_the_ratio_holds_over_the_whole_archive(source: str, weights_file: str, 
     assert low.psnr > high.psnr
 
 
+def test_a_psnr_is_met_over_the_whole_archive(source: str, weights_file: str, tmp_path: Path) -> None:
+    coarse = _serial(source, tmp_path / "coarse", weights_file, ratio=50.0, shard=(64, 96, 64))
+    assert coarse.psnr is not None
+    wanted = coarse.psnr + 0.2
+    fine = _serial(source, tmp_path / "fine", weights_file, ratio=None, psnr=wanted, shard=(64, 96, 64))
+    assert fine.psnr is not None
+    # The volume is measured whole; neighbouring qualities lie closer together than a tenth of a dB.
+    assert wanted <= fine.psnr < wanted + 0.1
+    assert fine.ratio < coarse.ratio
+
+
+@pytest.mark.parametrize("asked", [{"max_error": 2.0}, {"lossless": True}], ids=["max error", "lossless"])
+def test_bounds_hold_and_ray_writes_the_serial_bytes(
+    asked: dict[str, float], source: str, weights_file: str, tmp_path: Path, ray_running: None
+) -> None:
+    options = OPTIONS.model_copy(update={"ratio": None, **asked})
+    for name, run in (("serial", SERIAL), ("ray", TWO_OF_EACH)):
+        ucray.compress(source, str(tmp_path / name), options, weights=weights_file, run_options=run)
+    assert _bytes(tmp_path / "serial") == _bytes(tmp_path / "ray")
+    found = ucray.verify(str(tmp_path / "ray"), source, serial=True)
+    assert found.clean
+    assert found.measured_max_error is not None
+    assert found.measured_max_error <= asked.get("max_error", 0.0)
+    original = zarr.open_array(Path(source) / "0", mode="r")[...]
+    decoded = zarr.open_array(tmp_path / "ray" / "0", mode="r")[...]
+    difference = np.abs(np.asarray(decoded).astype(int) - np.asarray(original))
+    assert difference.max() == found.measured_max_error
+    assert ucray.info(str(tmp_path / "ray"))["max_error"] == found.measured_max_error
+
+
+def test_a_broken_bound_is_found(source: str, weights_file: str, tmp_path: Path) -> None:
+    """The archive's own settings claim a tighter bound than its chunks keep."""
+    _serial(source, tmp_path / "a", weights_file, ratio=None, max_error=3.0)
+    group = tmp_path / "a" / "zarr.json"
+    text = group.read_text()
+    assert '"max_error":3.0,"quality"' in text
+    group.write_text(text.replace('"max_error":3.0,"quality"', '"max_error":1.0,"quality"'))
+    found = ucray.verify(str(tmp_path / "a"), source, serial=True)
+    assert any("beyond the bound of 1" in problem for problem in found.problems)
+
+
 # Metrics
 
 

@@ -61,6 +61,8 @@ def test_a_region_is_planned_in_its_own_coordinates() -> None:
         ({"chunk": (60, 64, 64)}, "multiple of 32,32,32"),
         ({"shard": (96, 64, 64)}, "multiple of the chunk"),
         ({"memory": 2 * 2**30, "shard": (1024, 1024, 1024)}, "largest that fits is 512,512,512"),
+        ({"ratio": 8.0, "psnr": 40.0}, "--ratio and --psnr contradict"),
+        ({"max_error": 1.0, "lossless": True}, "--max-error and --lossless contradict"),
         ({"memory": 2**20}, "largest that fits is none"),
     ],
 )

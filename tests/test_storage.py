@@ -329,7 +329,8 @@ def _settings(**changes: Any) -> ArchiveSettings:
         fill_value=0.0,
         chunk=(16, 16, 16),
         shard=(32, 32, 32),
-        ratio=64.0,
+        target={"ratio": 64.0},
+        max_error=None,
         quality=100,
         offset=128.0,
         scale=30.0,
@@ -356,7 +357,9 @@ def test_an_archive_with_another_fingerprint_is_refused(place: Place, tiny_weigh
     create_archive(place(), _settings(), tiny_weights, Space(), "volume")
     before = place().sizes("")
     with pytest.raises(DestinationError, match="other settings"):
-        create_archive(place(), _settings(fingerprint="0" * 64, ratio=32.0), tiny_weights, Space(), "volume")
+        create_archive(
+            place(), _settings(fingerprint="0" * 64, target={"ratio": 32.0}), tiny_weights, Space(), "volume"
+        )
     assert place().sizes("") == before
 
 
@@ -395,4 +398,4 @@ def test_the_array_metadata_are_what_the_zarr_specification_names(tmp_path: Path
 
 def test_settings_of_an_archive_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        _settings().ratio = 3.0
+        _settings().quality = 3

@@ -249,7 +249,7 @@ def test_tampered_weights_are_refused(
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 3},
         {"version": "1"},
         {"version": None},
         {"offset": "far"},
@@ -270,7 +270,7 @@ def test_configurations_without_sense_are_refused(change: dict[str, Any], tiny_w
         UcrayCodec.from_dict(stored)
 
 
-@pytest.mark.parametrize("key", ["version", "offset", "scale", "quality", "weights", None])
+@pytest.mark.parametrize("key", ["version", "offset", "scale", "quality", "max_error", "weights", None])
 def test_incomplete_configurations_are_refused(key: str | None, tiny_weights: Weights) -> None:
     stored = UcrayCodec(tiny_weights, 0.0, 1.0, QUALITY).to_dict()
     if key is None:
@@ -282,8 +282,8 @@ def test_incomplete_configurations_are_refused(key: str | None, tiny_weights: We
 
 
 def test_a_later_version_is_named_whatever_else_it_holds() -> None:
-    with pytest.raises(ArchiveError, match="version 2"):
-        UcrayCodec.from_dict({"name": NAME, "configuration": {"version": 2, "model": "x"}})
+    with pytest.raises(ArchiveError, match="version 3"):
+        UcrayCodec.from_dict({"name": NAME, "configuration": {"version": 3, "model": "x"}})
 
 
 def test_damaged_chunks_are_refused(

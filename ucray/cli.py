@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -67,6 +68,7 @@ def train(
     gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
     storage: Annotated[str | None, typer.Option(help="Where checkpoints go; path or s3:// URL.")] = None,
     roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1 to learn from.")] = None,
+    chunk: Annotated[str | None, typer.Option(help="Shape of a crop to learn from, as 64,64,64.")] = None,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
     as_json: AsJson = False,
@@ -91,6 +93,7 @@ def train(
             use_gpu=gpu,
             storage=storage,
             roi=roi,
+            chunk=None if chunk is None else parse_shape(chunk),
             connection=jobs.Connection(endpoint_url, array),
             listener=listener,
         )
@@ -109,7 +112,12 @@ def compress(
         float | None, typer.Option(help="Keep every voxel within this error instead, on any machine.")
     ] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Keep every voxel as it is.")] = False,
-    weights: Annotated[str | None, typer.Option(help="Weights; without them they are trained first.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Name, path or URL of weights; by default shipped ones, else trained on the volume."
+        ),
+    ] = None,
     train_steps: Annotated[
         int | None, typer.Option(min=1, help="Train, or fine-tune --weights, that long.")
     ] = None,
@@ -175,21 +183,35 @@ def bench(
     ratios: Annotated[str, typer.Option(help="Ratios with commas.")] = "16,32,64,128,256,500",
     roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")] = None,
     chunk: Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Time the stages of the codec on cpu or cuda, instead of all codecs.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Chunks that go through the networks at once.")] = 8,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
     as_json: AsJson = False,
 ) -> None:
     """Code a volume with ucray and its peers: tables, plots and BD-rates in a folder."""
     from ucray.bench.report import to_markdown
+    from ucray.cluster.benchmark import STAGES_FILE, parse_ratios, time_stages
     from ucray.cluster.benchmark import bench as run
-    from ucray.cluster.benchmark import parse_ratios
     from ucray.cluster.jobs import load_weights
 
+    loaded = None if weights is None else load_weights(weights, endpoint_url)
+    if device is not None:
+        stages = time_stages(
+            source, output, loaded, device, batch, roi=roi, array=array, endpoint_url=endpoint_url
+        )
+        if as_json:
+            _print({"stages": [dataclasses.asdict(stage) for stage in stages]}, as_json)
+        else:
+            Console().print((Path(output) / STAGES_FILE).read_text(), markup=False)
+        return
     with _progress(as_json) as listener:
         found = run(
             source,
             output,
-            None if weights is None else load_weights(weights, endpoint_url),
+            loaded,
             codecs=[name for name in codecs.split(",") if name],
             ratios=parse_ratios(ratios),
             roi=roi,

@@ -101,6 +101,12 @@ class CodecConfig(Settings):
         return triple(3 if level else 1 for level in self.levels)
 
 
+SMALL_CELL = 256
+"""Voxels; a latent cell of fewer has SMALL_GROUPS of latents."""
+
+SMALL_GROUPS = (2, 4, 10, 24)
+
+
 def config_for_voxels(voxel_size: tuple[float, float, float]) -> CodecConfig:
     """Choose levels and strides so that latents span about the same length on each axis.
 
@@ -114,7 +120,10 @@ def config_for_voxels(voxel_size: tuple[float, float, float]) -> CodecConfig:
     halvings = [min(3, max(0, 3 - round(math.log2(size / finest)))) for size in voxel_size]
     levels = triple(min(2, h) for h in halvings)
     strides = triple(2 ** (h - level) for h, level in zip(halvings, levels, strict=True))
-    return CodecConfig(levels=levels, latent_stride=strides)
+    config = CodecConfig(levels=levels, latent_stride=strides)
+    if math.prod(config.latent_cell) < SMALL_CELL:
+        return config.model_copy(update={"groups": SMALL_GROUPS, "checkered": 3})
+    return config
 
 
 def default_chunk(config: CodecConfig) -> Shape3:

@@ -56,11 +56,7 @@ def write_report(bench: Bench, folder: str, title: str) -> list[str]:
     SettingsError
         If the folder cannot be made.
     """
-    place = Path(folder)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"-o {folder}: {error.strerror}") from None
+    place = report_folder(folder)
     with (place / "table.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([field.name for field in dataclasses.fields(Point)])
@@ -70,6 +66,16 @@ def write_report(bench: Bench, folder: str, title: str) -> list[str]:
     for measure, label in (("psnr", "PSNR (dB)"), ("ssim", "SSIM")):
         names += _plot(bench, place, measure, label, title)
     return names
+
+
+def report_folder(folder: str) -> Path:
+    """The folder of a report, made if it is not there; raises SettingsError if it cannot be."""
+    place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"-o {folder}: {error.strerror}") from None
+    return place
 
 
 def to_markdown(bench: Bench, title: str) -> str:

@@ -7,16 +7,21 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from ucray.bench.report import write_report
+from ucray.bench.report import report_folder, write_report
 from ucray.bench.run import RATIOS, Bench, run_bench
+from ucray.bench.stages import Stage, measure_stages, stages_to_markdown
 from ucray.cluster.rate import data_range
 from ucray.cluster.telemetry import Event, Listener, ignore
 from ucray.codec.weights import Weights
 from ucray.config import default_chunk
 from ucray.errors import SettingsError
 from ucray.grid import Box, Shape3, parse_box
-from ucray.storage.volume import open_volume
+from ucray.storage.volume import Volume, open_volume
+
+STAGES_FILE = "stages.md"
+STAGES_QUALITY = 128
 
 LARGEST = 1 << 31
 """Voxels that a benchmark holds in memory at once."""
@@ -54,12 +59,9 @@ def bench(
         If a codec is unknown, or the region is empty or too large for one machine.
     """
     volume = open_volume(source, array, endpoint_url)
-    region = Box((0, 0, 0), volume.shape) if roi is None else parse_box(roi, volume.shape)
-    if region.voxels > LARGEST:
-        raise SettingsError(f"{region} is too large to be coded in memory; give a smaller --roi")
+    region, voxels = _region(volume, roi)
     if chunk is None:
         chunk = (64, 64, 64) if weights is None else default_chunk(weights.config)
-    voxels: npt.NDArray[np.generic] = volume.read(region)
     done = 0
 
     def watch(codec: str) -> None:
@@ -79,3 +81,41 @@ def bench(
     )
     write_report(found, folder, f"{source.rstrip('/').rpartition('/')[2]} {region}")
     return found
+
+
+def time_stages(
+    source: str,
+    folder: str,
+    weights: Weights | None,
+    device: str,
+    batch: int,
+    *,
+    roi: str | None = None,
+    array: str | None = None,
+    endpoint_url: str | None = None,
+) -> list[Stage]:
+    """Time the stages of the codec on chunks of a volume; leaves a table in a folder.
+
+    Raises
+    ------
+    SettingsError
+        If there are no weights, no such device, or no whole chunk.
+    """
+    if weights is None:
+        raise SettingsError("--device times the stages of the codec; give --weights")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise SettingsError(f"--device {device}: no such device here")
+    _, voxels = _region(open_volume(source, array, endpoint_url), roi)
+    stages = measure_stages(
+        voxels, weights, default_chunk(weights.config), quality=STAGES_QUALITY, device=device, batch=batch
+    )
+    place = report_folder(folder)
+    (place / STAGES_FILE).write_text(stages_to_markdown(stages, STAGES_QUALITY, batch))
+    return stages
+
+
+def _region(volume: Volume, roi: str | None) -> tuple[Box, npt.NDArray[np.generic]]:
+    region = Box((0, 0, 0), volume.shape) if roi is None else parse_box(roi, volume.shape)
+    if region.voxels > LARGEST:
+        raise SettingsError(f"{region} is too large to be coded in memory; give a smaller --roi")
+    return region, volume.read(region)

@@ -67,7 +67,8 @@ class JobReport:
     """A compress job that ended well.
 
     `bytes_out` are all bytes under the archive's prefix less `bytes_weights`, the weights in the
-    metadata and beside them. `psnr` is over the shards of this run; None if it had none to do.
+    metadata and beside them; `weights` says where they came from. `psnr` is over the shards of this run;
+    None if it had none to do.
     """
 
     archive: str
@@ -81,6 +82,7 @@ class JobReport:
     chunks: dict[str, int]
     seconds: float
     stage_seconds: dict[str, float]
+    weights: str = ""
 
     @property
     def ratio(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from ucray.cluster.session import ray_session
 from ucray.cluster.telemetry import Listener, ignore
 from ucray.cluster.train import train as train_on_ray
 from ucray.cluster.verify import Verification, verify_archive
+from ucray.codec.shipped import shipped_for, shipped_names, shipped_weights
 from ucray.codec.weights import Weights
 from ucray.config import Settings, TrainingConfig
 from ucray.errors import DestinationError, SettingsError, WeightsError
@@ -85,6 +86,7 @@ def plan(
 ) -> CompressPlan:
     """What `compress` would do, from metadata alone; writes nothing."""
     volume = open_volume(source, connection.array, connection.endpoint_url)
+    weights = weights or shipped_for(config_for(volume))
     loaded = load_weights(weights, connection.endpoint_url) if weights is not None else None
     return plan_compress(volume, loaded.config if loaded else config_for(volume), options)
 
@@ -107,9 +109,10 @@ def compress(
     source, destination
         Local paths or s3:// URLs; http(s):// too for the source.
     weights
-        Path or URL of weights. None trains weights on the volume and keeps them in the archive.
+        Name of shipped weights, path or URL. None takes shipped ones that fit the volume's voxels; where
+        none do, weights are trained on the volume and kept in the archive.
     training
-        Steps of that training, or of fine-tuning `weights`; None with `weights` uses them as they are.
+        Steps of that training, or of fine-tuning the weights; None uses weights as they are.
     run_options
         Workers, device, serial or Ray, metrics port.
 
@@ -123,6 +126,7 @@ def compress(
     volume = open_volume(source, connection.array, connection.endpoint_url)
     objects = open_objects(destination, connection.endpoint_url)
     objects.check_place()
+    weights = weights or shipped_for(config_for(volume))
     start = load_weights(weights, connection.endpoint_url) if weights is not None else None
     if start is None:
         training = training or TrainingConfig()
@@ -133,7 +137,8 @@ def compress(
         assert training is not None
         used = _trained(decided, objects, training, start, run_options, listener)
     archive = prepare(decided, objects, used, training, run_options.device, listener)
-    return run(decided, archive, used, run_options, connection.endpoint_url, listener)
+    report = run(decided, archive, used, run_options, connection.endpoint_url, listener)
+    return replace(report, weights=_origin(weights, training))
 
 
 def train(
@@ -146,6 +151,7 @@ def train(
     use_gpu: bool = False,
     storage: str | None = None,
     roi: str | None = None,
+    chunk: Shape3 | None = None,
     connection: Connection = Connection(),
     listener: Listener = ignore,
 ) -> Weights:
@@ -161,6 +167,7 @@ def train(
             volume,
             settings or TrainingConfig(),
             start=start,
+            chunk=chunk,
             region=None if roi is None else parse_box(roi, volume.shape),
             workers=workers,
             use_gpu=use_gpu,
@@ -241,18 +248,27 @@ def info(archive: str, *, connection: Connection = Connection()) -> dict[str, An
 
 
 def load_weights(place: str, endpoint_url: str | None = None) -> Weights:
-    """Weights from a path or an s3:// URL.
+    """Shipped weights by their name, or weights from a path or an s3:// URL.
 
     Raises
     ------
     WeightsError
         If there are none, or they are damaged.
     """
+    if place in shipped_names():
+        return shipped_weights(place)
     folder, name = _object(place, endpoint_url)
     data = folder.get(name)
     if data is None:
         raise WeightsError(f"there are no weights at {place}; `ucray train` makes them")
     return Weights.from_bytes(data)
+
+
+def _origin(weights: str | None, training: TrainingConfig | None) -> str:
+    """Where the weights of a job came from, for its report."""
+    if weights is None:
+        return "trained on the volume"
+    return weights if training is None else f"{weights}, fine-tuned on the volume"
 
 
 def _trained(

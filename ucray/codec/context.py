@@ -9,9 +9,10 @@ floats. This module imports no torch; FORMAT.md is its law.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -190,29 +191,22 @@ class Walk:
         ]
         shares = np.broadcast_to(np.array(share, dtype=np.float64), (side[..., 0].size, QUALITY_FEATURES))
         self._common = np.concatenate([side.reshape(len(shares), -1), shares], axis=1)
-        # One cell of zeros on every side stands for what lies beyond the chunk.
-        padded = triple(n + 2 for n in shape)
-        self._features = np.zeros((padded[0] * padded[1] * padded[2], 2 * model.latents))
-        places = np.arange(len(self._features)).reshape(padded)[1:-1, 1:-1, 1:-1].reshape(-1)
-        offsets = np.array([(a * padded[1] + b) * padded[2] + c for a, b, c in NEIGHBOURS])
-        odd = (np.indices(shape).sum(axis=0) % 2).reshape(-1)
-        cells = {None: np.arange(len(odd)), 0: np.flatnonzero(odd == 0), 1: np.flatnonzero(odd)}
-        self._cells = cells
-        self._places = {colour: places[some] for colour, some in cells.items()}
-        self._around = {colour: some[:, None] + offsets for colour, some in self._places.items()}
+        self._geometry = _Geometry.of(shape)
+        self._features = np.zeros((self._geometry.padded, 2 * model.latents))
 
     def rows(self, part: Pass, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Of latents (z, y, x, latents) those of one pass: (cells, channels)."""
         flat = latents.reshape(-1, latents.shape[-1])[:, part.first : part.last]
-        return flat if part.colour is None else flat[self._cells[part.colour]]
+        return flat if part.colour is None else flat[self._geometry.cells[part.colour]]
 
     def predict(self, part: Pass) -> tuple[Whole, Tables]:
         """Mean, in units of the latents, and table of every latent of a pass: both (cells, channels)."""
         model = self._model
         first, middle, last = model.networks[model.passes.index(part)]
-        inputs = [self._common if part.colour is None else self._common[self._cells[part.colour]]]
+        geometry = self._geometry
+        inputs = [self._common if part.colour is None else self._common[geometry.cells[part.colour]]]
         if part.known:
-            around = self._features[:, : 2 * part.known][self._around[part.colour]]
+            around = self._features[:, : 2 * part.known][geometry.around[part.colour]]
             inputs.append(around.reshape(len(around), -1))
         hidden = np.clip(first(*inputs, gain=HIDDEN_UNITS // FEATURE_UNITS), 0, LARGEST_HIDDEN)
         hidden = np.clip(middle(hidden), 0, LARGEST_HIDDEN)
@@ -231,9 +225,37 @@ class Walk:
         here = slice(part.first, part.last)
         values = mean + symbols.astype(np.int64) * model.step[self._quality, here]
         values = np.clip(values, -LARGEST_LATENT, LARGEST_LATENT)
-        self.latents.reshape(-1, model.latents)[self._cells[part.colour], here] = values
+        self.latents.reshape(-1, model.latents)[self._geometry.cells[part.colour], here] = values
         inner = (values * model.inward[here] + (1 << WIDE - 1)) >> WIDE
         inner = np.clip(inner, -LARGEST_FEATURE, LARGEST_FEATURE)
         roots = np.floor(np.sqrt(np.abs(inner) * float(FEATURE_UNITS)) + 0.5)
         features = np.stack([inner, roots], axis=-1).reshape(len(inner), -1)
-        self._features[self._places[part.colour], 2 * part.first : 2 * part.last] = features
+        self._features[self._geometry.places[part.colour], 2 * part.first : 2 * part.last] = features
+
+
+@dataclass(frozen=True, eq=False)
+class _Geometry:
+    """Where the cells of a chunk lie, by colour of the checkerboard (None: all of them).
+
+    `cells` are places in the grid, `places` and `around` (a cell and its neighbours) in the grid with
+    one cell of zeros on every side, which stands for what lies beyond the chunk; `padded` is the size of
+    that grid.
+    """
+
+    padded: int
+    cells: dict[int | None, Whole]
+    places: dict[int | None, Whole]
+    around: dict[int | None, Whole]
+
+    @staticmethod
+    @lru_cache(maxsize=16)
+    def of(shape: Shape3) -> _Geometry:
+        padded = triple(n + 2 for n in shape)
+        size = math.prod(padded)
+        all_places = np.arange(size).reshape(padded)[1:-1, 1:-1, 1:-1].reshape(-1)
+        offsets = np.array([(a * padded[1] + b) * padded[2] + c for a, b, c in NEIGHBOURS])
+        odd = (np.indices(shape).sum(axis=0) % 2).reshape(-1)
+        cells = {None: np.arange(len(odd)), 0: np.flatnonzero(odd == 0), 1: np.flatnonzero(odd)}
+        places = {colour: all_places[some] for colour, some in cells.items()}
+        around = {colour: some[:, None] + offsets for colour, some in places.items()}
+        return _Geometry(size, cells, places, around)
