@@ -80,14 +80,14 @@ class VolumeCodec:
     def decode(self, coded: Coded, part: str = "student") -> Volume:
         """The volume back, with the student or the teacher."""
         decoders = [ChunkDecoder(self._weights, self._format, part=part) for _ in range(THREADS)]
-        decoded = np.empty_like(self._volume)
+        decoded = np.full_like(self._volume, self._format.fill_value)
 
         def some(worker: int) -> None:
-            for box, data in list(zip(self._boxes, coded.chunks, strict=True))[worker::THREADS]:
-                inside = tuple(slice(0, n) for n in box.shape)
-                decoded[box.slices] = (
-                    decoders[worker].decode(data)[inside] if data else self._format.fill_value
-                )
+            mine = list(zip(self._boxes, coded.chunks, strict=True))[worker::THREADS]
+            full = [(box, data) for box, data in mine if data]
+            found = decoders[worker].decode_many([data for _, data in full])
+            for (box, _), voxels in zip(full, found, strict=True):
+                decoded[box.slices] = voxels[tuple(slice(0, n) for n in box.shape)]
 
         with one_thread_each(), ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(some, range(THREADS)))

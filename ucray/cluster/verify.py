@@ -197,11 +197,17 @@ class _Checker:
         shard_box = self._grid.shard_box(index)
         original = self._source.read(shard_box.shifted(self._region.start))
         total = ErrorSum()
-        for slot, origin, box in self._grid.chunk_boxes(index):
-            corner = shard_box.start
+        places = list(self._grid.chunk_boxes(index))
+        present = [(slot, origin) for slot, origin, _ in places if slot in chunks]
+        found = self._decoder.decode_many(
+            [chunks[slot] for slot, _ in present], [origin for _, origin in present]
+        )
+        decoded_at = {slot: voxels for (slot, _), voxels in zip(present, found, strict=True)}
+        corner = shard_box.start
+        for slot, _, box in places:
             within = original[box.shifted((-corner[0], -corner[1], -corner[2])).slices]
             if slot in chunks:
-                decoded = self._decoder.decode(chunks[slot], origin)[Box((0, 0, 0), box.shape).slices]
+                decoded = decoded_at[slot][Box((0, 0, 0), box.shape).slices]
             else:
                 decoded = np.full(box.shape, settings.chunk_format.fill_value).astype(settings.dtype)
             total += ErrorSum.between(within, decoded)

@@ -14,7 +14,7 @@ import torch
 from ucray.codec.bitstream import BoundedBody, Kind, NeuralBody, read_chunk
 from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.context import FEATURE_UNITS, SCALE_UNITS
-from ucray.codec.fill import keep_off_fill, unpack_exactly, unpack_mask
+from ucray.codec.fill import Mask, keep_off_fill, unpack_exactly, unpack_mask
 from ucray.codec.network import Synthesis, load_network
 from ucray.codec.residual import apply_residual, decode_residual
 from ucray.codec.stream import CodedLatents
@@ -24,6 +24,9 @@ from ucray.grid import Shape3, triple
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 Item = TypeVar("Item")
+
+GROUP = 8
+"""Chunks that are parsed before any of them is rebuilt; a bound on memory."""
 
 PAIR = 2
 """Chunks that go through the networks together, always as many: a lone one is doubled.
@@ -66,6 +69,31 @@ class ChunkDecoder:
         ChunkError
             If the bytes are damaged, belong elsewhere, or were coded with other weights.
         """
+        return self.decode_many([data], [origin])[0]
+
+    def decode_many(
+        self, data: Sequence[bytes], origins: Sequence[Shape3 | None] | None = None
+    ) -> list[Voxels]:
+        """Voxels of several chunks, of which the networks take two at a time; as `decode` otherwise."""
+        places = origins if origins is not None else [None] * len(data)
+        wanted = list(zip(data, places, strict=True))
+        return [
+            voxels
+            for start in range(0, len(wanted), GROUP)
+            for voxels in self._group(wanted[start : start + GROUP])
+        ]
+
+    def _group(self, wanted: Sequence[tuple[bytes, Shape3 | None]]) -> Iterator[Voxels]:
+        parsed = [self._parsed(*one) for one in wanted]
+        rebuilt = iter(self.reconstruct([one for one, _ in parsed if isinstance(one, CodedLatents)]))
+        for one, mask in parsed:
+            if isinstance(one, CodedLatents):
+                yield keep_off_fill(next(rebuilt), mask, self.format.fill_value)
+            else:
+                yield one
+
+    def _parsed(self, data: bytes, origin: Shape3 | None) -> tuple[CodedLatents | Voxels, Mask]:
+        """Latents for the networks, or voxels where none are needed; and the mask of fill voxels."""
         chunk = read_chunk(data)
         if chunk.stream_digest != self._digest:
             raise ChunkError(
@@ -73,36 +101,35 @@ class ChunkDecoder:
             )
         if origin is not None and chunk.origin is not None and chunk.origin != origin:
             raise ChunkError(f"the chunk of place {chunk.origin} stands at place {origin}")
+        shape, body = self.format.shape, chunk.body
+        mask = unpack_mask(chunk.mask, shape) if chunk.mask else np.zeros(shape, bool)
+        if isinstance(body, NeuralBody):
+            return self._coded(body), mask
+        if isinstance(body, BoundedBody):
+            return self._bounded(body, mask), mask
         dtype = np.dtype(self.format.dtype).newbyteorder("<")
-        if isinstance(chunk.body, BoundedBody):
-            return self._decode_bounded(chunk.body, chunk.mask)
-        if isinstance(chunk.body, NeuralBody):
-            (voxels,) = self.reconstruct([self._coded(chunk.body)])
-        elif chunk.kind is Kind.CONSTANT:
-            if len(chunk.body) != dtype.itemsize:
+        if chunk.kind is Kind.CONSTANT:
+            if len(body) != dtype.itemsize:
                 raise ChunkError("a constant chunk that does not hold one value")
-            voxels = np.full(self.format.shape, np.frombuffer(chunk.body, dtype)[0], self.format.dtype)
-        else:
-            raw = np.empty(self.format.shape, dtype)
-            if not unpack_exactly(chunk.body, raw):
-                raise ChunkError("a raw chunk that does not unpack to the chunk's shape")
-            return raw.astype(self.format.dtype)
-        mask = unpack_mask(chunk.mask, self.format.shape) if chunk.mask else np.zeros(self.format.shape, bool)
-        return keep_off_fill(voxels, mask, self.format.fill_value)
+            voxels: Voxels = np.full(shape, np.frombuffer(body, dtype)[0], self.format.dtype)
+            return keep_off_fill(voxels, mask, self.format.fill_value), mask
+        raw = np.empty(shape, dtype)
+        if not unpack_exactly(body, raw):
+            raise ChunkError("a raw chunk that does not unpack to the chunk's shape")
+        return raw.astype(self.format.dtype), mask
 
     def _coded(self, body: NeuralBody) -> CodedLatents:
         return self._stream.decode(body.words, body.escapes, self._code_grid, body.quality)
 
-    def _decode_bounded(self, body: BoundedBody, mask: bytes) -> Voxels:
+    def _bounded(self, body: BoundedBody, mask: Mask) -> Voxels:
         reference = self._weights.reference
         cells = triple(n // c for n, c in zip(self.format.shape, reference.cell, strict=True))
         counts = math.prod(cells), math.prod(reference.cell)
         residual = decode_residual(body.residual, self._stream.frequencies, *counts)
         predicted = reference.predict(self._coded(body.coarse).latents, self.format)
         voxels = apply_residual(predicted, residual, self.format.dtype, reference.cell)
-        if mask:
-            # No voxel is moved off the fill value here: that would break the bound.
-            voxels[unpack_mask(mask, self.format.shape)] = self.format.fill_value
+        # No other voxel is moved off the fill value here: that would break the bound.
+        voxels[mask] = self.format.fill_value
         return voxels
 
     @cached_property
