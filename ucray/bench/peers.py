@@ -82,7 +82,7 @@ PEERS: dict[str, Peer] = {
     "sz3": _picture("SZ3", "SZ3", pictures.sz3, (6, 12, 20, 30, 45, 70), "volume"),
     "siren": Peer(
         f"SIREN, {siren.STEPS} steps", "chunks", (16, 64, 256), "all", lambda: None,
-        siren.encode, siren.decode, sampled=2,
+        siren.encode, siren.decode, sampled=1,
     ),
 }  # fmt: skip
 """Every peer, whether it is installed here or not."""

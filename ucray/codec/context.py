@@ -103,12 +103,15 @@ class Layer:
 
     def __call__(self, *inputs: Floats, gain: int = 1) -> Floats:
         """Whole outputs (cells, outputs) of whole inputs side by side; `gain` changes their units."""
-        sums = np.broadcast_to(self.bias.astype(np.float64), (len(inputs[0]), len(self.bias)))
-        first = 0
-        for part in inputs:
-            sums = sums + part @ self._matrix[first : first + part.shape[1]]
-            first += part.shape[1]
-        return np.floor(sums * (gain * 0.5**self.shift) + 0.5)
+        width = inputs[0].shape[1]
+        sums = inputs[0] @ self._matrix[:width]
+        for part in inputs[1:]:
+            sums += part @ self._matrix[width : width + part.shape[1]]
+            width += part.shape[1]
+        sums += self.bias
+        sums *= gain * 0.5**self.shift
+        sums += 0.5
+        return np.floor(sums, out=sums)
 
 
 @dataclass(frozen=True)

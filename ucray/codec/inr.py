@@ -20,6 +20,10 @@ OCTAVES = 3
 """Octaves of sines and cosines in the encoding of a coordinate."""
 
 
+JOINED = 4
+"""Points of a cell that go through one matrix product."""
+
+
 class CoordinateNetwork(nn.Module):
     """One value per coordinate and cell, from `width` features a cell."""
 
@@ -36,8 +40,18 @@ class CoordinateNetwork(nn.Module):
         """Values (..., points) of features (..., width) at coordinates (points, 3) in [-1, 1]."""
         scale, shift = self.modulate(encode_coordinates(coordinates)).chunk(2, dim=-1)
         hidden = functional.relu(torch.addcmul(shift, features.unsqueeze(-2), 1.0 + scale), inplace=True)
-        hidden = functional.relu(self.hidden(hidden), inplace=True)
-        return torch.as_tensor(self.value(hidden).squeeze(-1))
+        # Products this small waste a processor: several points share one, on a block-diagonal matrix.
+        width, points = hidden.shape[-1], hidden.shape[-2]
+        joined = math.gcd(points, JOINED)
+        hidden = hidden.reshape(*hidden.shape[:-2], points // joined, joined * width)
+        hidden = _joined(self.hidden, hidden, joined)
+        return _joined(self.value, functional.relu(hidden, inplace=True), joined).flatten(-2)
+
+
+def _joined(layer: nn.Linear, values: Tensor, joined: int) -> Tensor:
+    """A layer applied to each of the `joined` parts of the last axis of `values`."""
+    weight = torch.block_diag(*[layer.weight] * joined)
+    return functional.linear(values, weight, layer.bias.repeat(joined))
 
 
 def cell_coordinates(cell: Shape3) -> Tensor:

@@ -137,7 +137,7 @@ class Synthesis(nn.Module):
     def decode(self, y_hat: Tensor, features: Tensor) -> Tensor:
         """Chunks from latents (the linear part) and features (its correction)."""
         subbands = self.linear(y_hat) + self.correct(features) * _channels(self.subband_scale)
-        cells = self.feature(features).permute(0, 2, 3, 4, 1)
+        cells = self.feature(features).permute(0, 2, 3, 4, 1).contiguous()
         detail = cells_to_volume(self.inr(cells, self.coordinates), self.cell)
         return self.wavelet.inverse(subbands) + detail
 
