@@ -1,0 +1,100 @@
+"""Shipped weights: what they are stays pinned, and what they decode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import ucray
+from ucray.cli import app
+from ucray.codec.bitstream import BoundedBody, NeuralBody, read_chunk
+from ucray.codec.chunk import ChunkFormat
+from ucray.codec.decoder import ChunkDecoder
+from ucray.codec.encoder import ChunkEncoder
+from ucray.codec.shipped import shipped_for, shipped_names, shipped_weights
+from ucray.config import config_for_voxels
+from ucray.errors import WeightsError
+from ucray.synthetic import synthetic_volume
+
+ROOT = Path(ucray.__file__).parent / "weights"
+GOLDEN = Path(__file__).parent / "golden"
+
+DIGESTS = {"em-fib-v1": "cfd9fd5e11b96ed2a7dee8580eb421836fc0663bac6aff36bfc54aca217aec9e"}
+
+GOLDEN_LATENTS = 4066711704
+"""CRC-32C of the golden chunk's whole latents, int64: exact on every machine."""
+
+FORMAT = ChunkFormat((64, 64, 64), "uint8", 0.0, 128.0, 30.0)
+
+
+def test_names_and_digests_are_pinned() -> None:
+    assert {name: shipped_weights(name).digest for name in shipped_names()} == DIGESTS
+
+
+@pytest.mark.parametrize("name", sorted(DIGESTS))
+def test_every_weights_file_has_a_card_and_stays_small(name: str) -> None:
+    card = (ROOT / f"{name}.md").read_text()
+    for needed in ("Licence", "Attribution", "ucray train", DIGESTS[name], "seed"):
+        assert needed in card
+    assert sum(p.stat().st_size for p in ROOT.iterdir() if p.suffix == ".safetensors") < 10_000_000
+
+
+def test_the_golden_chunk_parses_to_the_same_latents_everywhere() -> None:
+    """The whole-number half of decoding: exact, whatever library computes it."""
+    body = read_chunk((GOLDEN / "em-fib-v1.chunk").read_bytes()).body
+    assert isinstance(body, NeuralBody)
+    stream = shipped_weights("em-fib-v1").stream
+    coded = stream.decode(body.words, body.escapes, (2, 2, 2), body.quality)
+    assert google_crc32c.value(np.ascontiguousarray(coded.latents, dtype="<i8").tobytes()) == GOLDEN_LATENTS
+
+
+def test_the_golden_chunk_decodes_to_the_volume_it_was_made_of() -> None:
+    decoder = ChunkDecoder(shipped_weights("em-fib-v1"), FORMAT)
+    decoded = decoder.decode((GOLDEN / "em-fib-v1.chunk").read_bytes(), (0, 0, 0))
+    original = synthetic_volume((64, 64, 64), 0, padding=0)
+    error = np.mean((decoded.astype(float) - original) ** 2)
+    assert error == pytest.approx(192.93, rel=0.01)
+
+
+def test_a_bounded_golden_chunk_is_exact_everywhere() -> None:
+    data = (GOLDEN / "em-fib-v1-bounded.chunk").read_bytes()
+    assert isinstance(read_chunk(data).body, BoundedBody)
+    decoded = ChunkDecoder(shipped_weights("em-fib-v1").decoder(bounded=True), FORMAT).decode(data)
+    original = synthetic_volume((64, 64, 64), 0, padding=0)
+    assert np.abs(decoded.astype(int) - original).max() == 8
+    assert google_crc32c.value(decoded.tobytes()) == 3152273401
+
+
+def test_they_serve_isotropic_volumes_alone() -> None:
+    assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v1"
+    assert shipped_for(config_for_voxels((50.0, 4.6, 4.6))) is None
+
+
+def test_compress_takes_them_by_default_and_says_so(tmp_path: Path) -> None:
+    source, archive = str(tmp_path / "em.zarr"), str(tmp_path / "em.ucray")
+    ucray.synth(source, (64, 64, 128), seed=1)
+    report = ucray.compress(source, archive, run_options=ucray.RunOptions(serial=True))
+    assert report.weights == "em-fib-v1"
+    assert ucray.info(archive)["weights_digest"] == DIGESTS["em-fib-v1"]
+    found = ucray.verify(archive, source, serial=True)
+    assert found.clean
+    plan = CliRunner().invoke(app, ["compress", source, "DST", "--weights", "em-fib-v1", "--dry-run"])
+    assert plan.exit_code == 0
+
+
+def test_names_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="there are no weights at em-fib-v0"):
+        ucray.load_weights("em-fib-v0")
+
+
+def test_quality_covers_ratios_from_8_to_1000() -> None:
+    """One set of weights; on tissue without noise of its own the coarse end reaches far beyond."""
+    encoder = ChunkEncoder(shipped_weights("em-fib-v1"), FORMAT)
+    voxels = synthetic_volume((64, 64, 64), 0, padding=0)
+    sizes = [len(encoder.encode(voxels, quality).data) for quality in (0, 255)]
+    assert voxels.nbytes / sizes[0] > 400
+    assert voxels.nbytes / sizes[1] < 16
