@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -482,7 +483,7 @@ def test_bounded_chunks(
     encoder = ChunkEncoder(tiny_weights, chunk, max_error=bound)
     # Noise, as every microscope has it: a general compressor has nothing to gain from it.
     noise = np.random.default_rng(0).normal(0, 0.3 * chunk.scale, (32, 20, 32))
-    voxels = voxels_of(chunk, (32, 20, 32), 31)
+    voxels: npt.NDArray[Any] = voxels_of(chunk, (32, 20, 32), 31)
     limits = {"uint8": (0, 255), "uint16": (0, 65535)}.get(dtype, (-32768, 32767))
     voxels = np.clip(voxels + noise, *limits).astype(dtype)
     voxels[:, 12:15] = voxels.dtype.type(chunk.fill_value)

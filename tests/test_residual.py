@@ -113,7 +113,7 @@ def test_cells_and_volumes_undo_each_other() -> None:
 def test_damaged_bodies_are_refused(frequencies: FrequencyTables, shift: int) -> None:
     random = np.random.default_rng(2)
     voxels = random.integers(0, 60000, SHAPE).astype(np.uint16)
-    predicted = voxels + np.rint(random.normal(0, 400 if shift else 5, SHAPE))
+    predicted = voxels.astype(np.float64) + np.rint(random.normal(0, 400 if shift else 5, SHAPE))
     body = encode_residual(residual_of(voxels, EVERYWHERE, predicted, 0.0, CELL), frequencies)
     assert (body.shift > 0) == (shift > 0)
     full = bytes(zstd.compress(bytes([TABLES]) * 8, 1))

@@ -49,11 +49,12 @@ def encode(volume: Bytes3, encoder: str, crf: float) -> bytes:
 
 def decode(data: bytes, encoder: str, shape: Shape3) -> Bytes3:
     """Slices of a stream, as a volume (z, y, x)."""
-    _, container, *_ = ENCODERS[encoder]
+    pixels, container, *_ = ENCODERS[encoder]
     height, width = (_side(n) for n in shape[1:])
-    pixels = _ffmpeg(["-f", container, "-i", "-", "-f", "rawvideo", "-pix_fmt", "gray", "-"], data)
-    frames = np.frombuffer(pixels, np.uint8).reshape(-1, height, width)
-    return frames[: shape[0], : shape[1], : shape[2]]
+    # Asked for in the format it was coded in: from any other, ffmpeg would stretch the range of values.
+    raw = _ffmpeg(["-f", container, "-i", "-", "-f", "rawvideo", "-pix_fmt", pixels, "-"], data)
+    frames = np.frombuffer(raw, np.uint8).reshape(shape[0], -1)[:, : height * width]
+    return frames.reshape(-1, height, width)[:, : shape[1], : shape[2]]
 
 
 def _ffmpeg(arguments: Sequence[str], data: bytes) -> bytes:

@@ -50,7 +50,7 @@ class CoordinateNetwork(nn.Module):
 
 def _joined(layer: nn.Linear, values: Tensor, joined: int) -> Tensor:
     """A layer applied to each of the `joined` parts of the last axis of `values`."""
-    weight = torch.block_diag(*[layer.weight] * joined)
+    weight = torch.block_diag(*[layer.weight] * joined)  # type: ignore[no-untyped-call]
     return functional.linear(values, weight, layer.bias.repeat(joined))
 
 
