@@ -31,7 +31,7 @@ from object_store import ObjectStore
 SHAPE = (256, 256, 256)
 SHARD = (128, 128, 128)
 RATIO = 64.0
-TRAINING = ucray.TrainingConfig(teacher_steps=70, student_steps=50, batch=4)
+TRAINING = ucray.TrainingConfig(teacher_steps=80, student_steps=50, batch=2)
 
 Voxels = npt.NDArray[np.uint8]
 
