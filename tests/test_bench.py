@@ -17,13 +17,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ucray.bench import siren
-from ucray.bench.ours import CHUNK_OVERHEAD, VolumeCodec
+from ucray.bench.ours import VolumeCodec
 from ucray.bench.peers import PEERS
 from ucray.bench.report import bd_rate, write_report
 from ucray.bench.run import Bench, Point, codec_names, run_bench
 from ucray.bench.samples import Samples, blocks
 from ucray.cli import app
 from ucray.cluster.benchmark import bench
+from ucray.codec.rate import CHUNK_OVERHEAD
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
 from ucray.grid import triple

@@ -178,7 +178,9 @@ def compress(
 def bench(
     source: Source,
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder of the report.")],
-    weights: Annotated[str | None, typer.Option(help="Weights; without them ucray is left out.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights; by default those that compress would take.")
+    ] = None,
     codecs: Annotated[str, typer.Option(help="Names with commas; all by default.")] = "",
     ratios: Annotated[str, typer.Option(help="Ratios with commas.")] = "16,32,64,128,256,500",
     roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")] = None,

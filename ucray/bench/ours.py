@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +16,12 @@ import torch
 from ucray.bench.samples import blocks
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import ChunkDecoder
-from ucray.codec.encoder import ChunkEncoder
-from ucray.codec.rate import finest_within
+from ucray.codec.encoder import ChunkEncoder, Prepared
+from ucray.codec.rate import CHUNK_OVERHEAD, finest_within
 from ucray.codec.weights import Weights
 from ucray.grid import Shape3, triple
 
 Volume = npt.NDArray[np.generic]
-
-CHUNK_OVERHEAD = 16 + 34
-"""Bytes an archive spends on a chunk beside its payload: in the shard's index, and its statistics."""
 
 SEARCHED = 16
 """Chunks on which the quality for a ratio is searched."""
@@ -55,16 +53,19 @@ class VolumeCodec:
 
     def quality_for(self, ratio: float) -> int:
         """The quality whose ratio on a sample of the chunks meets `ratio`."""
-        picked = self._boxes[:: max(1, len(self._boxes) // SEARCHED)]
         encoder = self._encoders[0]
-        chunks = [self._volume[box.slices] for box in picked]
-        prepared = encoder.prepare(chunks)
-        raw = sum(chunk.nbytes for chunk in chunks)
+        raw = sum(one.voxels.nbytes for one in self._searched)
 
         def size_at(quality: int) -> float:
-            return sum(encoder.size_at(one, quality) + CHUNK_OVERHEAD for one in prepared)
+            return sum(encoder.size_at(one, quality) + CHUNK_OVERHEAD for one in self._searched)
 
         return finest_within(size_at, raw / ratio)
+
+    @cached_property
+    def _searched(self) -> list[Prepared]:
+        """The sample of the chunks, analysed once for all ratios."""
+        picked = self._boxes[:: max(1, len(self._boxes) // SEARCHED)]
+        return self._encoders[0].prepare([self._volume[box.slices] for box in picked])
 
     def encode(self, quality: int) -> Coded:
         """All chunks, on as many threads as there are cores."""

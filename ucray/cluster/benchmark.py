@@ -12,8 +12,10 @@ import torch
 from ucray.bench.report import report_folder, write_report
 from ucray.bench.run import RATIOS, Bench, run_bench
 from ucray.bench.stages import Stage, measure_stages, stages_to_markdown
+from ucray.cluster.plan import config_for
 from ucray.cluster.rate import data_range
 from ucray.cluster.telemetry import Event, Listener, ignore
+from ucray.codec.shipped import shipped_for, shipped_weights
 from ucray.codec.weights import Weights
 from ucray.config import default_chunk
 from ucray.errors import SettingsError
@@ -60,8 +62,10 @@ def bench(
     """
     volume = open_volume(source, array, endpoint_url)
     region, voxels = _region(volume, roi)
+    if weights is None and (name := shipped_for(config_for(volume))) is not None:
+        weights = shipped_weights(name)
     if chunk is None:
-        chunk = (64, 64, 64) if weights is None else default_chunk(weights.config)
+        chunk = default_chunk(config_for(volume) if weights is None else weights.config)
     done = 0
 
     def watch(codec: str) -> None:

@@ -13,15 +13,12 @@ from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import device_for
 from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.fill import fill_mask
-from ucray.codec.rate import coarsest_reaching, finest_within
+from ucray.codec.rate import CHUNK_OVERHEAD, coarsest_reaching, finest_within
 from ucray.codec.weights import Weights
 from ucray.quality import ErrorSum
 
 SAMPLED_CHUNKS = 64
 """Chunks on which quality is searched; a volume of no more is measured whole."""
-
-CHUNK_OVERHEAD = 16 + 34
-"""Bytes a chunk costs beside its payload: its entry in the shard's index, and its statistics."""
 
 SHARD_OVERHEAD = 4 + 180
 """Bytes a shard costs beside its chunks: the index's checksum, and the head of its statistics."""

@@ -98,7 +98,6 @@ class ChunkEncoder:
         self.stream = weights.stream
         self._max_error = max_error
         self._reference = None if max_error is None else weights.reference
-        self._config = weights.config
         self._digest = weights.stream_digest
         self._device = torch.device(device)
         entries = weights.stream.context.codebook.astype(np.float32) / FEATURE_UNITS

@@ -56,7 +56,7 @@ def lambda_of(quality: float) -> float:
 
 
 @dataclass(frozen=True)
-class CodedLatents:
+class Coding:
     """Latents as a decoder gets them, (batch, latents, ...), and their bits (batch,)."""
 
     y_hat: Tensor
@@ -132,9 +132,7 @@ class ContextPrior(nn.Module):
                     linear.weight.copy_(torch.from_numpy(layer.weight * 0.5**layer.shift))
                     linear.bias.copy_(torch.from_numpy(layer.bias * (0.5**layer.shift / units)))
 
-    def forward(
-        self, y: Tensor, vectors: Tensor, quality: Tensor, noise: Tensor | None = None
-    ) -> CodedLatents:
+    def forward(self, y: Tensor, vectors: Tensor, quality: Tensor, noise: Tensor | None = None) -> Coding:
         """Code latents pass by pass, as encoder and decoder do.
 
         Parameters
@@ -178,7 +176,7 @@ class ContextPrior(nn.Module):
                 known.pop()
             decoded.append(found)
             known.append(_features(found.detach() / deviation))
-        return CodedLatents(torch.cat(decoded, dim=-1).permute(0, 4, 1, 2, 3), bits)
+        return Coding(torch.cat(decoded, dim=-1).permute(0, 4, 1, 2, 3), bits)
 
 
 def checkerboard(shape: Sequence[int], device: torch.device) -> Tensor:

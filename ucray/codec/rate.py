@@ -12,6 +12,9 @@ SLOPE = 0.1155
 It is the encoder's choice alone; a decoder does not know it.
 """
 
+CHUNK_OVERHEAD = 16 + 34
+"""Bytes an archive spends on a chunk beside its payload: its entry in the shard's index, and statistics."""
+
 LARGEST_THRESHOLD = 0.98
 """A latent is never rounded down further than this from the next symbol."""
 
