@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,10 @@ import ray
 import ray.data
 
 from ucray.errors import JobError, UcrayError
+
+
+REAP_SECONDS = 30.0
+"""How long the processes of a local Ray may take to go after they were ended."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,21 @@ def ray_session() -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise JobError(f"Ray cannot be reached or started: {' '.join(str(error).split())[:300]}") from None
     ray.data.DataContext.get_current().enable_progress_bars = False
+    started = _started_processes()
     try:
         yield
     finally:
         ray.shutdown()
+        # Ray gives a process that it killed one second to go; on a busy machine that is too short.
+        for process in started:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(REAP_SECONDS)
+
+
+def _started_processes() -> list[subprocess.Popen[bytes]]:
+    """Processes of the local Ray that this process started; none of a cluster that it joined."""
+    node = ray._private.worker._global_node
+    return [] if node is None else [info.process for kind in node.all_processes.values() for info in kind]
 
 
 def failure(error: Exception, job: str) -> UcrayError:
