@@ -16,7 +16,6 @@ import ray.data
 
 from ucray.errors import JobError, UcrayError
 
-
 REAP_SECONDS = 30.0
 """How long the processes of a local Ray may take to go after they were ended."""
 
