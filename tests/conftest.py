@@ -14,6 +14,7 @@ from hypothesis import settings
 from object_store import ObjectStore
 
 from ucray.codec.chunk import ChunkFormat
+from ucray.codec.conditioning import QualityAffine
 from ucray.codec.network import Synthesis, start_linear
 from ucray.codec.weights import Weights
 from ucray.config import AnalysisConfig, CodecConfig, SynthesisConfig
@@ -128,6 +129,10 @@ def _build_weights(config: CodecConfig, seed: int) -> Weights:
             # Corrections start at zero; a test could not see whether they are computed at all.
             for part in (synthesis.correct, synthesis.inr.value):
                 part.weight.normal_(std=0.05)
+            for module in synthesis.modules():
+                if isinstance(module, QualityAffine):
+                    module.scale.normal_(std=0.05)
+                    module.shift.normal_(std=0.05)
         prior = coder.prior
         prior.start(coder.analysis.latent_scale)
         for network in prior.networks:

@@ -79,9 +79,10 @@ def test_decoding_is_what_training_saw(
     # Between the trained points of the quality gain, training does not round it to whole units.
     quality = QUALITIES - 1
     with torch.no_grad():
-        stream = frozen_stream(coder, torch.from_numpy(values)[None, None], torch.tensor([float(quality)]))
+        asked = torch.tensor([float(quality)])
+        stream = frozen_stream(coder, torch.from_numpy(values)[None, None], asked)
         synthesis = teacher if part == "teacher" else student
-        expected = synthesis(stream.y_hat, stream.prior, stream.log_gain)[0, 0].numpy()
+        expected = synthesis(stream.y_hat, stream.prior, asked)[0, 0].numpy()
 
     chunk = replace(chunk_format("float32"), offset=0.0, scale=1.0)
     data = encoder_of(tiny_weights, chunk).encode(values, quality).data

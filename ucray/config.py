@@ -67,7 +67,7 @@ class CodecConfig(Settings):
         latent_width=96, latent_blocks=3, grid_width=32, grid_blocks=2, inr_width=8
     )
     student: SynthesisConfig = SynthesisConfig(
-        latent_width=64, latent_blocks=2, grid_width=32, grid_blocks=1, inr_width=8
+        latent_width=64, latent_blocks=2, grid_width=16, grid_blocks=1, inr_width=4
     )
 
     @property

@@ -76,7 +76,7 @@ def measure_stages(
     y_hat = torch.from_numpy(coded.latents.astype(np.float32) * stream.context.unit).permute(3, 0, 1, 2)
     y_hat = y_hat[None].expand(batch, -1, -1, -1, -1).to(place)
     side = torch.zeros(batch, weights.config.code_width, *grid, device=place)
-    gain = torch.zeros(batch, device=place)
+    qualities = torch.full((batch,), float(quality), device=place)
 
     def on_device(run: Callable[[], object]) -> float:
         with torch.inference_mode():
@@ -91,7 +91,7 @@ def measure_stages(
         ("entropy coding", "one core", _fastest(lambda: stream.encode(symbols), place)),
         ("context and entropy decoding", "one core", _fastest(
             lambda: stream.decode(words, escapes, grid, quality), place)),
-        ("synthesis", device, on_device(lambda: synthesis(y_hat, side, gain))),
+        ("synthesis", device, on_device(lambda: synthesis(y_hat, side, qualities))),
     ]  # fmt: skip
     size = chunk_format.nbytes
     return [Stage(name, where, 1e3 * seconds, size / seconds / 1e6) for name, where, seconds in found]

@@ -13,7 +13,7 @@ import torch
 
 from ucray.codec.bitstream import BoundedBody, Kind, NeuralBody, read_chunk
 from ucray.codec.chunk import ChunkFormat, Voxels
-from ucray.codec.context import FEATURE_UNITS, SCALE_UNITS
+from ucray.codec.context import FEATURE_UNITS
 from ucray.codec.fill import Mask, keep_off_fill, unpack_exactly, unpack_mask
 from ucray.codec.network import Synthesis, load_network
 from ucray.codec.residual import apply_residual, decode_residual
@@ -149,11 +149,11 @@ class ChunkDecoder:
         context = self._stream.context
         y_hat = np.stack([one.latents.astype(np.float32) for one in full]) * context.unit
         prior = np.stack([context.vectors(one.codes).astype(np.float32) for one in full]) / FEATURE_UNITS
-        gains = [float(context.gain[one.quality].mean() / SCALE_UNITS) for one in full]
+        quality = torch.tensor([float(one.quality) for one in full], device=self._device)
         with torch.inference_mode():
             latents = torch.from_numpy(y_hat).to(self._device).permute(0, 4, 1, 2, 3)
             side = torch.from_numpy(prior.astype(np.float32)).to(self._device).permute(0, 4, 1, 2, 3)
-            x_hat = self._synthesis(latents, side, torch.tensor(gains, device=self._device))
+            x_hat = self._synthesis(latents, side, quality)
             values = (x_hat[:, 0] * self.format.scale + self.format.offset).cpu().numpy()
         return [_to_dtype(one, self.format.dtype) for one in values[: len(pair)]]
 

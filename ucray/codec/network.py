@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ucray.codec.conditioning import QualityAffine
 from ucray.codec.inr import CoordinateNetwork, cell_coordinates
 from ucray.codec.wavelet import WaveletPacket, cells_to_volume
 from ucray.codec.weights import Weights
@@ -43,6 +44,31 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.as_tensor(self.pointwise(functional.gelu(self.spatial(x))))
+
+
+class QualityBlock(ResidualBlock):
+    """A residual block whose convolution is scaled and shifted by the quality."""
+
+    def __init__(self, width: int, kernel: Shape3) -> None:
+        super().__init__(width, kernel)
+        self.affine = QualityAffine(width)
+
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:  # type: ignore[override]
+        hidden = functional.gelu(self.affine(self.spatial(x), quality))
+        return x + torch.as_tensor(self.pointwise(hidden))
+
+
+class QualityBlocks(nn.ModuleList):
+    """Residual blocks one after another, each told the quality."""
+
+    def __init__(self, width: int, kernel: Shape3, blocks: int) -> None:
+        super().__init__(QualityBlock(width, kernel) for _ in range(blocks))
+
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
+        """Features (batch, width, ...) at qualities (batch,)."""
+        for block in self:
+            x = block(x, quality)
+        return x
 
 
 class Analysis(nn.Module):
@@ -96,14 +122,13 @@ class Synthesis(nn.Module):
         self.code_stride = config.code_stride
         self.wavelet = WaveletPacket(config.wavelet, config.levels)
         self.linear = nn.ConvTranspose3d(config.latents, config.subbands, stride, stride=stride, bias=False)
-        self.enter = nn.Conv3d(config.latents + config.code_width + 1, sizes.latent_width, 1)
-        self.latent = nn.Sequential(
-            *(ResidualBlock(sizes.latent_width, (3, 3, 3)) for _ in range(sizes.latent_blocks))
-        )
+        self.enter = nn.Conv3d(config.latents + config.code_width, sizes.latent_width, 1)
+        self.entered = QualityAffine(sizes.latent_width)
+        self.latent = QualityBlocks(sizes.latent_width, (3, 3, 3), sizes.latent_blocks)
         self.up = nn.ConvTranspose3d(sizes.latent_width, sizes.grid_width, stride, stride=stride)
-        self.grid = nn.Sequential(
-            *(ResidualBlock(sizes.grid_width, config.grid_kernel) for _ in range(sizes.grid_blocks))
-        )
+        self.grid = QualityBlocks(sizes.grid_width, config.grid_kernel, sizes.grid_blocks)
+        self.rescaled = QualityAffine(config.latents)
+        self.finished = QualityAffine(sizes.grid_width)
         self.correct = nn.Conv3d(sizes.grid_width, config.subbands, 1)
         _zero(self.correct)
         self.feature = nn.Conv3d(sizes.grid_width, sizes.inr_width, 1)
@@ -112,7 +137,7 @@ class Synthesis(nn.Module):
         self.register_buffer("latent_scale", torch.ones(config.latents))
         self.register_buffer("coordinates", cell_coordinates(self.cell), persistent=False)
 
-    def forward(self, y_hat: Tensor, prior: Tensor, log_gain: Tensor) -> Tensor:
+    def forward(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x).
 
         Parameters
@@ -121,22 +146,24 @@ class Synthesis(nn.Module):
             Dequantised latents (batch, latents, ...) on the latent grid.
         prior
             Codebook vectors (batch, code_width, ...) on the grid of codes.
-        log_gain
-            Mean log2 of the quality gain, (batch,): how coarsely y_hat was rounded.
+        quality
+            Qualities (batch,) from 0 to QUALITIES - 1: how coarsely y_hat was rounded.
         """
-        return self.decode(y_hat, self.features(y_hat, prior, log_gain))
+        return self.decode(y_hat, self.features(y_hat, prior, quality), quality)
 
-    def features(self, y_hat: Tensor, prior: Tensor, log_gain: Tensor) -> Tensor:
+    def features(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
         """Features (batch, grid_width, ...) on the wavelet grid; what distillation compares."""
         side = functional.interpolate(prior, size=y_hat.shape[2:], mode="nearest")
-        gain = log_gain[:, None, None, None, None].expand(-1, 1, *y_hat.shape[2:]).to(y_hat.dtype)
-        joined = torch.cat([y_hat / _channels(self.latent_scale), side, gain], dim=1)
-        features = self.latent(functional.gelu(self.enter(joined)))
-        return torch.as_tensor(self.grid(functional.gelu(self.up(features))))
+        joined = torch.cat([y_hat / _channels(self.latent_scale), side], dim=1)
+        features = self.entered(self.enter(joined), quality)
+        features = self.latent(functional.gelu(features), quality)
+        features = self.grid(functional.gelu(self.up(features)), quality)
+        return torch.as_tensor(self.finished(features, quality))
 
-    def decode(self, y_hat: Tensor, features: Tensor) -> Tensor:
+    def decode(self, y_hat: Tensor, features: Tensor, quality: Tensor) -> Tensor:
         """Chunks from latents (the linear part) and features (its correction)."""
-        subbands = self.linear(y_hat) + self.correct(features) * _channels(self.subband_scale)
+        base = self.linear(self.rescaled(y_hat, quality))
+        subbands = base + self.correct(features) * _channels(self.subband_scale)
         cells = self.feature(features).permute(0, 2, 3, 4, 1).contiguous()
         detail = cells_to_volume(self.inr(cells, self.coordinates), self.cell)
         return self.wavelet.inverse(subbands) + detail

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ucray.codec.conditioning import KNOTS, at_quality
 from ucray.codec.context import (
     FEATURE_UNITS,
     HIDDEN_UNITS,
@@ -34,11 +35,8 @@ from ucray.codec.context import (
 from ucray.codec.rate import LARGEST_THRESHOLD, SLOPE
 from ucray.config import QUALITIES, CodecConfig
 
-KNOTS = 9
-"""Trained points of the quality gain; between them its logarithm is linear."""
-
-COARSEST_LAMBDA = 12.0
-FINEST_LAMBDA = 0.006
+COARSEST_LAMBDA = 24.0
+FINEST_LAMBDA = 0.003
 """Weights of a bit per voxel against squared error (in variances of the volume) at both ends."""
 
 
@@ -86,11 +84,7 @@ class ContextPrior(nn.Module):
 
     def gain_at(self, quality: Tensor) -> Tensor:
         """log2 gain (batch, latents) at qualities (batch,) from 0 to QUALITIES - 1."""
-        place = quality.clamp(0, QUALITIES - 1) * ((KNOTS - 1) / (QUALITIES - 1))
-        lower = place.floor().clamp(max=KNOTS - 2)
-        share = (place - lower)[:, None]
-        below = lower.long()
-        return self.log_gain[below] * (1 - share) + self.log_gain[below + 1] * share
+        return at_quality(self.log_gain, quality)
 
     def start(self, deviation: Tensor) -> None:
         """Start from latents of known standard deviation (latents,)."""

@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from ucray.codec.conditioning import QualityAffine
 from ucray.codec.network import Synthesis, start_linear
+from ucray.codec.prior import ContextPrior
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig, TrainingConfig
 from ucray.errors import SettingsError, WeightsError
@@ -32,7 +34,7 @@ WARM_UP = 40
 """Steps over which the learning rate grows at the start of a stage."""
 
 TABLE_SPEED = 10.0
-"""Learning rate of the prior's tables against the networks': each entry meets few of the blocks."""
+"""Learning rate of what depends on the quality against the networks': an entry meets few of the chunks."""
 
 STUDENT_SPEED = 3.0
 """Learning rate of the student against the teacher's: it is narrower, and starts on a fixed stream."""
@@ -197,13 +199,11 @@ class Trainer:
             self.coder.requires_grad_(False)
             self.teacher.requires_grad_(False)
             module = self._distillation
-        prior = self.coder.prior
-        tables = [] if stage == 2 else [prior.base, prior.log_gain]
+        tables = [p for m in module.modules() for p in _tables(m) if p.requires_grad]
         quick = {id(parameter) for parameter in tables}
         others = [p for p in module.parameters() if p.requires_grad and id(p) not in quick]
         groups: list[dict[str, Any]] = [{"params": others, "speed": 1.0 if stage == 1 else STUDENT_SPEED}]
-        if tables:
-            groups.append({"params": tables, "speed": TABLE_SPEED, "weight_decay": 0.0})
+        groups.append({"params": tables, "speed": TABLE_SPEED, "weight_decay": 0.0})
         self._optimizer = torch.optim.AdamW(
             groups, lr=self.settings.learning_rate, betas=(0.9, 0.98), fused=True
         )
@@ -215,6 +215,7 @@ class Trainer:
             for name in ("latent_scale", "subband_scale"):
                 getattr(self.student, name).copy_(getattr(self.teacher, name))
             self.student.linear.weight.copy_(self.teacher.linear.weight)
+            self.student.rescaled.load_state_dict(self.teacher.rescaled.state_dict())
 
     def _schedule(self) -> float:
         """Warm-up and half a cosine over the current stage, in (0, 1]."""
@@ -225,3 +226,12 @@ class Trainer:
 
     def _modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.coder, self.teacher, self._distillation])
+
+
+def _tables(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a module itself that are looked up by quality or by latent, not multiplied by."""
+    if isinstance(module, QualityAffine):
+        return [module.scale, module.shift]
+    if isinstance(module, ContextPrior):
+        return [module.base, module.log_gain]
+    return []

@@ -22,14 +22,19 @@ COMMITMENT = 0.02
 OUTPUT_WEIGHT = 0.5
 FEATURE_WEIGHT = 0.05
 
+BALANCE = 0.4
+"""Power of lambda that the loss is divided by, so that neither end of the range drowns the other.
+
+The loss itself grows about like the root of lambda; gradients of the finest qualities are the noisiest.
+"""
+
 
 @dataclass(frozen=True)
 class Stream:
-    """What a decoder gets for one batch, with gradients: latents, prior, mean log gain; and bits."""
+    """What a decoder gets for one batch, with gradients: latents, prior; and bits."""
 
     y_hat: Tensor
     prior: Tensor
-    log_gain: Tensor
     bits: Tensor
     commitment: Tensor
 
@@ -54,8 +59,7 @@ class Coder(nn.Module):
         side = quantised.reshape(vectors.shape).permute(0, 4, 1, 2, 3)
         noise = torch.rand(y.shape, generator=generator).to(y) - 0.5
         coded = self.prior(y, side, quality, noise)
-        log_gain = self.prior.gain_at(quality)
-        return Stream(coded.y_hat, side, log_gain.mean(dim=1), coded.bits, commitment)
+        return Stream(coded.y_hat, side, coded.bits, commitment)
 
 
 class RateDistortion(nn.Module):
@@ -71,12 +75,11 @@ class RateDistortion(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, and figures to log: mse (normalised) and bpp, means over the batch."""
         stream = self.coder(x, quality, generator)
-        x_hat = self.teacher(stream.y_hat, stream.prior, stream.log_gain)
+        x_hat = self.teacher(stream.y_hat, stream.prior, quality)
         mse = (x_hat - x).square().mean(dim=(1, 2, 3, 4))
         bpp = stream.bits / x[0].numel()
         weight = torch.tensor([lambda_of(float(q)) for q in quality]).to(x)
-        # Both ends of the rate range should pull alike: the loss grows about like the root of lambda.
-        loss = ((mse + weight * bpp) / weight.sqrt()).mean() + COMMITMENT * stream.commitment
+        loss = ((mse + weight * bpp) / weight**BALANCE).mean() + COMMITMENT * stream.commitment
         return loss, {"mse": mse.mean().detach(), "bpp": bpp.mean().detach()}
 
 
@@ -97,16 +100,16 @@ class Distillation(nn.Module):
         coder, teacher = self._frozen
         with torch.no_grad():
             stream = frozen_stream(coder, x, quality)
-            teacher_features = teacher.features(stream.y_hat, stream.prior, stream.log_gain)
-            target = teacher.decode(stream.y_hat, teacher_features)
-        features = self.student.features(stream.y_hat, stream.prior, stream.log_gain)
-        x_hat = self.student.decode(stream.y_hat, features)
+            teacher_features = teacher.features(stream.y_hat, stream.prior, quality)
+            target = teacher.decode(stream.y_hat, teacher_features, quality)
+        features = self.student.features(stream.y_hat, stream.prior, quality)
+        x_hat = self.student.decode(stream.y_hat, features, quality)
         data = (x_hat - x).square().mean(dim=(1, 2, 3, 4))
         output = (x_hat - target).square().mean(dim=(1, 2, 3, 4))
         weight = torch.tensor([lambda_of(float(q)) for q in quality]).to(x)
         mimic = functional.mse_loss(self.project(features), teacher_features)
         mimic = mimic / teacher_features.square().mean().clamp_min(1e-6)
-        loss = ((data + OUTPUT_WEIGHT * output) / weight.sqrt()).mean() + FEATURE_WEIGHT * mimic
+        loss = ((data + OUTPUT_WEIGHT * output) / weight**BALANCE).mean() + FEATURE_WEIGHT * mimic
         teacher_mse = (target - x).square().mean()
         return loss, {"mse": data.mean().detach(), "teacher_mse": teacher_mse.detach()}
 
@@ -118,8 +121,7 @@ def frozen_stream(coder: Coder, x: Tensor, quality: Tensor) -> Stream:
     side = coder.codebook.lookup(codes.reshape(-1, codes.shape[-1])).reshape(*codes.shape[:4], -1)
     side = side.permute(0, 4, 1, 2, 3)
     coded = coder.prior(y, side, quality)
-    log_gain = coder.prior.gain_at(quality)
-    return Stream(coded.y_hat, side, log_gain.mean(dim=1), coded.bits, torch.zeros(()))
+    return Stream(coded.y_hat, side, coded.bits, torch.zeros(()))
 
 
 def draw_quality(batch: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,39 @@
+"""What depends on the quality: tables with one row for each of a few qualities, interpolated between.
+
+One set of weights serves every rate: each layer of the networks, and the gain of each latent, may
+differ smoothly from the coarsest quality to the finest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ucray.config import QUALITIES
+
+KNOTS = 9
+"""Trained qualities; between them a table is linear."""
+
+
+def at_quality(table: Tensor, quality: Tensor) -> Tensor:
+    """Rows (batch, width) of a table (KNOTS, width) at qualities (batch,) from 0 to QUALITIES - 1."""
+    place = quality.clamp(0, QUALITIES - 1) * ((KNOTS - 1) / (QUALITIES - 1))
+    lower = place.floor().clamp(max=KNOTS - 2)
+    share = (place - lower)[:, None]
+    below = lower.long()
+    return table[below] * (1 - share) + table[below + 1] * share
+
+
+class QualityAffine(nn.Module):
+    """Scales and shifts each channel by the quality; starts as no change (Perez et al. 2018, FiLM)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(KNOTS, width))
+        self.shift = nn.Parameter(torch.zeros(KNOTS, width))
+
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
+        """Features (batch, width, ...) at qualities (batch,)."""
+        scale = at_quality(self.scale, quality)[:, :, None, None, None]
+        shift = at_quality(self.shift, quality)[:, :, None, None, None]
+        return torch.addcmul(shift, x, 1.0 + scale)
