@@ -162,6 +162,17 @@ def test_what_cannot_run_is_named(volume: Voxels, monkeypatch: pytest.MonkeyPatc
     assert found == Bench((), {"ucray": "no weights were given", "zfp": "zfp went home"})
 
 
+def test_a_run_that_is_cut_off_leaves_what_it_has(volume: Voxels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(PEERS, "zfp", replace(PEERS["zfp"], encode=broken))
+    left: list[Bench] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(volume, None, (16, 32, 32), codecs=["sz3", "zfp"], ratios=[40], so_far=left.append)
+    assert {point.codec for point in left[-1].points} == {"SZ3"}
+
+
 def test_unknown_codecs_are_refused(volume: Voxels) -> None:
     with pytest.raises(SettingsError, match="h266: choose from ucray"):
         run_bench(volume, None, (16, 32, 32), codecs=["h266"])

@@ -21,10 +21,11 @@ from ucray.codec.context import (
     Walk,
     coding_passes,
 )
-from ucray.codec.entropy import SILENT
+from ucray.codec.entropy import SILENT, encode
 from ucray.codec.prior import ContextPrior, checkerboard
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES
+from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
 Latents = dict[tuple[int, int, int, int], int]
@@ -152,15 +153,51 @@ def test_a_stream_decodes_to_what_was_quantised(tiny_weights: Weights) -> None:
     latents = (random.standard_normal(shape) * spread).astype(np.float32)
     for quality in (0, 60, 200, 255):
         symbols, quantised = stream.quantise(codes, latents, quality)
-        decoded = stream.decode(*stream.encode(symbols), (2, 2, 2), quality)
+        decoded = stream.decode(*stream.encode(symbols), (2, 2, 2), quality, len(symbols.tables))
         np.testing.assert_array_equal(decoded.latents, quantised.latents)
         np.testing.assert_array_equal(decoded.codes, codes)
         step = stream.context.step[quality]
         loud = np.concatenate(symbols.tables) != SILENT
         assert loud.any()
-        # A latent is rounded at worst to the far one of its two neighbours.
+        # A latent is rounded at worst to the far one of its two neighbours, or not coded at all.
         worst = np.abs(latents - quantised.latents) / step
-        assert worst[np.nonzero(worst > 1)].size <= (~loud).sum()
+        assert worst[np.nonzero(worst > 1)].size <= (~loud).sum() + latents.size - len(loud)
+
+
+def test_passes_that_are_not_worth_their_bits_are_left_out(tiny_weights: Weights) -> None:
+    """Silence in the last groups costs nothing; a loud last group is coded."""
+    stream = tiny_weights.stream
+    context = stream.context
+    codes = codes_of(tiny_weights, (2, 2, 2))
+    latents = np.zeros((4, 4, 4, context.latents), np.float32)
+    first, last = context.passes[0], context.passes[-1]
+    latents[..., : first.last] = 4 * context.deviation[: first.last] / context.unit[: first.last]
+    symbols, quantised = stream.quantise(codes, latents, 200)
+    coded = len(symbols.tables)
+    assert 0 < coded < len(context.passes)
+    assert symbols.values[-1].any()
+    decoded = stream.decode(*stream.encode(symbols), (2, 2, 2), 200, coded)
+    np.testing.assert_array_equal(decoded.latents, quantised.latents)
+
+    latents[..., last.first :] = 40 * context.deviation[last.first :] / context.unit[last.first :]
+    assert len(stream.quantise(codes, latents, 200)[0].tables) == len(context.passes)
+
+
+def test_more_passes_than_the_weights_have_are_refused(tiny_weights: Weights) -> None:
+    stream = tiny_weights.stream
+    words, escapes = np.empty(0, np.uint32), np.empty(0, np.int32)
+    with pytest.raises(ChunkError, match="passes"):
+        stream.decode(words, escapes, (2, 2, 2), 100, len(stream.context.passes) + 1)
+
+
+def test_bits_of_symbols_are_those_that_the_coder_spends(tiny_weights: Weights) -> None:
+    frequencies = tiny_weights.stream.frequencies
+    random = np.random.default_rng(3)
+    tables = random.integers(0, 60, 40_000).astype(np.uint8)
+    symbols = np.where(tables == SILENT, 0, random.geometric(0.6, tables.size) - 1).astype(np.int16)
+    words, escapes = encode(frequencies, None, [(tables, symbols)])
+    spent = 32 * len(words) + 16 * len(escapes)
+    assert frequencies.bits_of(tables, symbols) == pytest.approx(spent, rel=0.01)
 
 
 def test_a_finer_quality_comes_closer(tiny_weights: Weights) -> None:

@@ -48,7 +48,7 @@ def test_the_golden_chunk_parses_to_the_same_latents_everywhere() -> None:
     body = read_chunk((GOLDEN / "em-fib-v1.chunk").read_bytes()).body
     assert isinstance(body, NeuralBody)
     stream = shipped_weights("em-fib-v1").stream
-    coded = stream.decode(body.words, body.escapes, (2, 2, 2), body.quality)
+    coded = stream.decode(body.words, body.escapes, (2, 2, 2), body.quality, body.passes)
     assert google_crc32c.value(np.ascontiguousarray(coded.latents, dtype="<i8").tobytes()) == GOLDEN_LATENTS
 
 

@@ -249,7 +249,7 @@ def test_tampered_weights_are_refused(
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 3},
+        {"version": 4},
         {"version": "1"},
         {"version": None},
         {"offset": "far"},
@@ -282,8 +282,8 @@ def test_incomplete_configurations_are_refused(key: str | None, tiny_weights: We
 
 
 def test_a_later_version_is_named_whatever_else_it_holds() -> None:
-    with pytest.raises(ArchiveError, match="version 3"):
-        UcrayCodec.from_dict({"name": NAME, "configuration": {"version": 3, "model": "x"}})
+    with pytest.raises(ArchiveError, match="version 4"):
+        UcrayCodec.from_dict({"name": NAME, "configuration": {"version": 4, "model": "x"}})
 
 
 def test_damaged_chunks_are_refused(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, NDBuffer
 
 NAME = "ucray"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def run_bench(
     data_range: float = 255.0,
     fill_value: float = 0.0,
     watch: Watch = lambda codec: None,
+    so_far: Callable[[Bench], object] = lambda found: None,
 ) -> Bench:
     """Measure every codec on `volume` (z, y, x).
 
@@ -76,6 +77,8 @@ def run_bench(
         Names of `codec_names`; all if empty.
     ratios
         ucray is coded at each; of a peer's settings those within their span and one on either side.
+    watch, so_far
+        Told the name of each codec before it is measured, and all that was measured after it.
 
     Raises
     ------
@@ -101,6 +104,7 @@ def run_bench(
             missing[name] = reason
         else:
             points += _peer(PEERS[name], volume, chunk, ratios, data_range)
+        so_far(Bench(tuple(points), dict(missing)))
     return Bench(tuple(points), missing)
 
 

@@ -90,7 +90,7 @@ def measure_stages(
             lambda: stream.quantise(latents.codes, latents.values, quality), place)),
         ("entropy coding", "one core", _fastest(lambda: stream.encode(symbols), place)),
         ("context and entropy decoding", "one core", _fastest(
-            lambda: stream.decode(words, escapes, grid, quality), place)),
+            lambda: stream.decode(words, escapes, grid, quality, len(symbols.tables)), place)),
         ("synthesis", device, on_device(lambda: synthesis(y_hat, side, qualities))),
     ]  # fmt: skip
     size = chunk_format.nbytes

@@ -73,7 +73,9 @@ def bench(
         listener(Event("bench", done, len(codecs) or 1, codec))
         done += 1
 
-    found = run_bench(
+    title = f"{source.rstrip('/').rpartition('/')[2]} {region}"
+    # Hours may lie between the first codec and the last: a run that is cut off leaves what it has.
+    return run_bench(
         voxels,
         weights,
         chunk,
@@ -82,9 +84,8 @@ def bench(
         data_range=data_range([voxels], volume.dtype, volume.fill_value),
         fill_value=volume.fill_value,
         watch=watch,
+        so_far=lambda found: write_report(found, folder, title),
     )
-    write_report(found, folder, f"{source.rstrip('/').rpartition('/')[2]} {region}")
-    return found
 
 
 def time_stages(

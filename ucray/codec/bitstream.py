@@ -14,7 +14,7 @@ from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
 MAGIC = b"UC"
-VERSION = 2
+VERSION = 3
 HEADER = 12
 """Bytes before the body: magic, version, kind and flags, CRC-32C, digest of the stream."""
 
@@ -33,9 +33,10 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True)
 class NeuralBody:
-    """Quality (0 to 255), words of the entropy coder, symbols that no table holds."""
+    """Quality (0 to 255), passes that are coded, words of the entropy coder, symbols that no table holds."""
 
     quality: int
+    passes: int
     words: npt.NDArray[np.uint32]
     escapes: npt.NDArray[np.int32]
 
@@ -97,10 +98,13 @@ def write_chunk(chunk: Chunk) -> bytes:
         flags |= HAS_MASK
         parts += [_varint(len(chunk.mask)), chunk.mask]
     if isinstance(chunk.body, NeuralBody):
-        parts += [bytes([chunk.body.quality]), _symbols(chunk.body.words, chunk.body.escapes)]
+        parts += [
+            bytes([chunk.body.quality, chunk.body.passes]),
+            _symbols(chunk.body.words, chunk.body.escapes),
+        ]
     elif isinstance(chunk.body, BoundedBody):
         coarse, residual = chunk.body.coarse, chunk.body.residual
-        parts += [bytes([coarse.quality]), _sized(_symbols(coarse.words, coarse.escapes))]
+        parts += [bytes([coarse.quality, coarse.passes]), _sized(_symbols(coarse.words, coarse.escapes))]
         parts += [struct.pack("<dB", residual.max_error, residual.shift), _sized(residual.tables)]
         parts += [_sized(residual.low), _symbols(residual.words, residual.escapes)]
     else:
@@ -136,10 +140,11 @@ def read_chunk(data: bytes) -> Chunk:
     mask = reader.take(reader.varint()) if data[3] & HAS_MASK else b""
     body: Body
     if kind is Kind.NEURAL:
-        body = NeuralBody(reader.take(1)[0], *reader.symbols())
+        quality, passes = reader.take(2)
+        body = NeuralBody(quality, passes, *reader.symbols())
     elif kind is Kind.BOUNDED:
-        quality = reader.take(1)[0]
-        coarse = NeuralBody(quality, *_Reader(reader.take(reader.varint()), 0).symbols())
+        quality, passes = reader.take(2)
+        coarse = NeuralBody(quality, passes, *_Reader(reader.take(reader.varint()), 0).symbols())
         max_error, shift = struct.unpack("<dB", reader.take(9))
         tables, low = reader.take(reader.varint()), reader.take(reader.varint())
         body = BoundedBody(coarse, ResidualBody(max_error, shift, tables, low, *reader.symbols()))

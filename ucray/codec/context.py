@@ -235,6 +235,11 @@ class Walk:
         features = np.stack([inner, roots], axis=-1).reshape(len(inner), -1)
         self._features[self._geometry.places[part.colour], 2 * part.first : 2 * part.last] = features
 
+    def leave_out(self, part: Pass) -> None:
+        """Take back the last pass that was put: its latents are zero."""
+        cells = self._geometry.cells[part.colour]
+        self.latents.reshape(-1, self._model.latents)[cells, part.first : part.last] = 0
+
 
 @dataclass(frozen=True, eq=False)
 class _Geometry:

@@ -119,7 +119,7 @@ class ChunkDecoder:
         return raw.astype(self.format.dtype), mask
 
     def _coded(self, body: NeuralBody) -> CodedLatents:
-        return self._stream.decode(body.words, body.escapes, self._code_grid, body.quality)
+        return self._stream.decode(body.words, body.escapes, self._code_grid, body.quality, body.passes)
 
     def _bounded(self, body: BoundedBody, mask: Mask) -> Voxels:
         reference = self._weights.reference

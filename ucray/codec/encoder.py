@@ -252,7 +252,9 @@ def pack(draft: Draft | None, stream: StreamModel, stream_digest: str) -> Packed
         return Packed(data, Kind.CONSTANT, draft.error)
     if draft.symbols is not None:
         body: NeuralBody | BoundedBody
-        kind, body = Kind.NEURAL, NeuralBody(draft.symbols.quality, *stream.encode(draft.symbols))
+        symbols = draft.symbols
+        body = NeuralBody(symbols.quality, len(symbols.tables), *stream.encode(symbols))
+        kind = Kind.NEURAL
         if draft.residual is not None:
             kind, body = Kind.BOUNDED, BoundedBody(body, encode_residual(draft.residual, stream.frequencies))
         data = write_chunk(Chunk(kind, digest, draft.origin, draft.mask, body))

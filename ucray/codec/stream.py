@@ -15,6 +15,7 @@ from ucray.codec import entropy
 from ucray.codec.context import Codes, ContextModel, Tables, Walk
 from ucray.codec.entropy import SILENT, FrequencyTables, SymbolReader
 from ucray.codec.rate import LARGEST_THRESHOLD, SLOPE
+from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
 LARGEST_SYMBOL = 32767
@@ -31,7 +32,7 @@ class CodedLatents:
 
 @dataclass(frozen=True)
 class Symbols:
-    """What the entropy coder gets of one chunk: tables uint8 and symbols int16 of each pass, flat."""
+    """What the entropy coder gets of one chunk: tables uint8 and symbols int16 of each coded pass, flat."""
 
     codes: Codes
     tables: tuple[Tables, ...]
@@ -55,14 +56,20 @@ class StreamModel:
         """Round latents (z, y, x, latents), in units of the context model, to symbols."""
         walk = Walk(self.context, codes, quality)
         step = self.context.step[quality]
-        tables, values = [], []
+        tables, values, gains = [], [], []
         for part in self.context.passes:
             mean, table = walk.predict(part)
-            scaled = (walk.rows(part, latents) - mean) / step[part.first : part.last]
+            uncoded = walk.rows(part, latents) / step[part.first : part.last]
+            scaled = uncoded - mean / step[part.first : part.last]
             symbols = self._rounded(scaled, table)
             walk.put(part, mean, symbols)
             tables.append(table.reshape(-1))
             values.append(symbols.reshape(-1))
+            gains.append(float(np.square(uncoded).sum() - np.square(scaled - symbols).sum()))
+        # The last passes are left out where all that they say is not worth its bits.
+        while tables and gains[-1] <= SLOPE * self.frequencies.bits_of(tables[-1], values[-1]):
+            walk.leave_out(self.context.passes[len(tables) - 1])
+            del tables[-1], values[-1], gains[-1]
         return Symbols(codes, tuple(tables), tuple(values), quality), CodedLatents(
             codes, walk.latents, quality
         )
@@ -73,19 +80,26 @@ class StreamModel:
         return entropy.encode(self.frequencies, symbols.codes, parts)
 
     def decode(
-        self, words: npt.NDArray[np.uint32], escapes: npt.NDArray[np.int32], grid: Shape3, quality: int
+        self,
+        words: npt.NDArray[np.uint32],
+        escapes: npt.NDArray[np.int32],
+        grid: Shape3,
+        quality: int,
+        passes: int,
     ) -> CodedLatents:
-        """Undo `encode` for a chunk of `grid` codes (z, y, x).
+        """Undo `encode` for a chunk of `grid` codes (z, y, x), of which the first `passes` passes are coded.
 
         Raises
         ------
         ChunkError
-            If the words end early, are left over, or the escapes do not fit them.
+            If there are not as many passes, the words end early or are left over, or the escapes do not fit.
         """
+        if passes > len(self.context.passes):
+            raise ChunkError(f"a chunk of {passes} passes; the weights have {len(self.context.passes)}")
         reader = SymbolReader(self.frequencies, words, escapes)
         codes = reader.codes(grid)
         walk = Walk(self.context, codes, quality)
-        for part in self.context.passes:
+        for part in self.context.passes[:passes]:
             mean, table = walk.predict(part)
             walk.put(part, mean, reader.symbols(table.reshape(-1)).reshape(table.shape))
         reader.finish()

@@ -27,7 +27,7 @@ from ucray.codec.stream import StreamModel
 from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import WeightsError
 
-FORMAT = "ucray-weights-2"
+FORMAT = "ucray-weights-3"
 DECODER_PARTS = ("stream", "student")
 BOUNDED_PARTS = ("stream", "reference")
 LAYERS = ("first", "middle", "last")

@@ -133,8 +133,8 @@ def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Seque
                 symbols, coded = draft.quantise(one_codes, values, quality)
                 if quality == CALIBRATION_QUALITIES[-2]:
                     counts.add_reconstruction(coded.latents, chunk)
-                tables = np.concatenate(symbols.tables)
-                found = np.concatenate(symbols.values).astype(np.int64)
+                tables = np.concatenate([*symbols.tables, np.empty(0, np.uint8)])
+                found = np.concatenate([*symbols.values, np.empty(0, np.int16)]).astype(np.int64)
                 for table in np.unique(tables[tables != SILENT]):
                     some = found[tables == table]
                     size = np.where(np.abs(some) > reach[table], reach[table] + 1, some) + reach[table]
