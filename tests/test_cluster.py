@@ -246,6 +246,29 @@ def test_two_workers_train_together_from_weights_of_another_domain(
         ucray.train(tissue, str(target), settings)
 
 
+def test_several_volumes_are_learnt_from_in_one_run(tmp_path: Path, ray_running: None) -> None:
+    """Each in its own dtype and normalisation; volumes of other voxels are refused."""
+    first, second = str(tmp_path / "a.zarr"), str(tmp_path / "b.zarr")
+    ucray.synth(first, SHAPE, seed=5)
+    values = np.random.default_rng(0).normal(9000, 800, SHAPE).astype(np.uint16)
+    array = zarr.create_array(second, shape=SHAPE, chunks=(32, 32, 32), dtype="uint16")
+    array[...] = values
+    settings = ucray.TrainingConfig(teacher_steps=2, student_steps=1, batch=1)
+    both = ucray.train(first, str(tmp_path / "both.safetensors"), settings, also=[second])
+    one = ucray.train(first, str(tmp_path / "one.safetensors"), settings)
+    assert both.training["also"] == [second]
+    assert both.digest != one.digest
+    thick = str(tmp_path / "thick.zarr")
+    ucray.synth(thick, SHAPE, seed=5)
+    metadata = tmp_path / "thick.zarr" / "zarr.json"
+    document = json.loads(metadata.read_text())
+    dataset = document["attributes"]["ome"]["multiscales"][0]["datasets"][0]
+    dataset["coordinateTransformations"][0]["scale"] = [50.0, 5.0, 5.0]
+    metadata.write_text(json.dumps(document))
+    with pytest.raises(SettingsError, match="voxels of another shape"):
+        ucray.train(first, str(tmp_path / "no.safetensors"), settings, also=[thick])
+
+
 def test_damage_ends_decompress_with_the_error_s_own_name(
     source: str, weights_file: str, tmp_path: Path, ray_running: None
 ) -> None:

@@ -64,6 +64,10 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2.5e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     init: Annotated[str | None, typer.Option(help="Weights of another domain to start from.")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="One more volume to learn from; repeatable.")] = None,
+    untaught: Annotated[
+        bool, typer.Option("--untaught", help="The student learns from the data alone, for comparison.")
+    ] = False,
     workers: Workers = 1,
     gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
     storage: Annotated[str | None, typer.Option(help="Where checkpoints go; path or s3:// URL.")] = None,
@@ -81,6 +85,7 @@ def train(
         student_steps=student_steps,
         batch=batch,
         learning_rate=learning_rate,
+        taught=not untaught,
         seed=seed,
     )
     with _progress(as_json) as listener:
@@ -88,6 +93,7 @@ def train(
             source,
             destination,
             settings,
+            also=also or (),
             init=init,
             workers=workers,
             use_gpu=gpu,

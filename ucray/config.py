@@ -102,9 +102,16 @@ class CodecConfig(Settings):
 
 
 SMALL_CELL = 256
-"""Voxels; a latent cell of fewer has SMALL_GROUPS of latents."""
+"""Voxels; a latent cell of fewer has SMALL_GROUPS of latents and SMALL_NETWORKS."""
 
 SMALL_GROUPS = (2, 4, 10, 24)
+
+SMALL_NETWORKS = {
+    "analysis": AnalysisConfig(grid_width=32, grid_blocks=1, latent_width=64, latent_blocks=2),
+    "teacher": SynthesisConfig(latent_width=64, latent_blocks=3, grid_width=32, grid_blocks=1, inr_width=8),
+    "student": SynthesisConfig(latent_width=32, latent_blocks=2, grid_width=16, grid_blocks=1, inr_width=4),
+}
+"""Networks for small cells: there are several times as many of them, and each says less."""
 
 
 def config_for_voxels(voxel_size: tuple[float, float, float]) -> CodecConfig:
@@ -122,7 +129,7 @@ def config_for_voxels(voxel_size: tuple[float, float, float]) -> CodecConfig:
     strides = triple(2 ** (h - level) for h, level in zip(halvings, levels, strict=True))
     config = CodecConfig(levels=levels, latent_stride=strides)
     if math.prod(config.latent_cell) < SMALL_CELL:
-        return config.model_copy(update={"groups": SMALL_GROUPS, "checkered": 3})
+        return config.model_copy(update={"groups": SMALL_GROUPS, "checkered": 3} | SMALL_NETWORKS)
     return config
 
 
@@ -137,11 +144,13 @@ class TrainingConfig(Settings):
     """How long and on what to train.
 
     `teacher_steps` of stage 1 (rate-distortion) are followed by `student_steps` of stage 2
-    (distillation); each step sees `batch` chunks per worker.
+    (distillation); each step sees `batch` chunks per worker. A student that is not `taught` learns
+    from the data alone.
     """
 
     teacher_steps: Annotated[int, Field(ge=0)] = 1200
     student_steps: Annotated[int, Field(ge=1)] = 500
     batch: Annotated[int, Field(ge=1, le=4096)] = 2
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2.5e-3
+    taught: bool = True
     seed: Annotated[int, Field(ge=0)] = 0

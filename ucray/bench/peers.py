@@ -30,6 +30,8 @@ class Peer:
         Why it cannot run here; None if it can.
     sampled
         Chunks that stand for all, where coding all would take hours; 0 for all.
+    by_ratio
+        The setting is the ratio: those beyond the ratios asked for are not tried.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Peer:
     encode: Callable[[Bytes3, float], bytes]
     decode: Callable[[bytes, Shape3], Bytes3]
     sampled: int = 0
+    by_ratio: bool = False
 
 
 def _lazily(
@@ -82,7 +85,7 @@ PEERS: dict[str, Peer] = {
     "sz3": _picture("SZ3", "SZ3", pictures.sz3, (6, 12, 20, 30, 45, 70), "volume"),
     "siren": Peer(
         f"SIREN, {siren.STEPS} steps", "chunks", (16, 64, 256), "all", lambda: None,
-        siren.encode, siren.decode, sampled=1,
+        siren.encode, siren.decode, sampled=1, by_ratio=True,
     ),
 }  # fmt: skip
 """Every peer, whether it is installed here or not."""

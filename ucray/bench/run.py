@@ -141,6 +141,8 @@ def _peer(
     raw = sum(part.nbytes for part in originals)
     note = f"{len(boxes)} of the volume's chunks" if peer.sampled else ""
     for setting in peer.settings:
+        if peer.by_ratio and not min(ratios) <= setting <= max(ratios):
+            continue
         coded, encoding = _timed(lambda s=setting: [peer.encode(part, s) for part in parts])  # type: ignore[misc]
         ratio = raw / sum(map(len, coded))
         if ratio < min(ratios) / 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,6 +147,7 @@ def train(
     destination: str,
     settings: TrainingConfig | None = None,
     *,
+    also: Sequence[str] = (),
     init: str | None = None,
     workers: int = 1,
     use_gpu: bool = False,
@@ -155,8 +157,9 @@ def train(
     connection: Connection = Connection(),
     listener: Listener = ignore,
 ) -> Weights:
-    """Train weights on a volume, or on a region of it, and write them to a new object."""
+    """Train weights on a volume, or a region of it, and `also` on others; write them to a new object."""
     volume = open_volume(source, connection.array, connection.endpoint_url)
+    others = [open_volume(other, connection.array, connection.endpoint_url) for other in also]
     folder, name = _object(destination, connection.endpoint_url)
     folder.check_place()
     if folder.get(name) is not None:
@@ -166,6 +169,7 @@ def train(
         weights = train_on_ray(
             volume,
             settings or TrainingConfig(),
+            also=others,
             start=start,
             chunk=chunk,
             region=None if roi is None else parse_box(roi, volume.shape),

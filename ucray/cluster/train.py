@@ -38,7 +38,7 @@ from ucray.errors import JobError, SettingsError, SourceError
 from ucray.grid import Box, Shape3
 from ucray.storage.volume import Volume
 from ucray.training.distill import START_TILES, Trainer
-from ucray.training.tiles import TileSampler, is_tissue, prepare_tiles
+from ucray.training.tiles import Tile, TileSampler, is_tissue, prepare_tiles
 
 TILES = 192
 """Tiles sampled over the volume."""
@@ -53,16 +53,23 @@ WEIGHTS_FILE = "weights.safetensors"
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What is learnt from one volume: the boxes of its tiles, and how its voxels are normalised."""
+
+    volume: Volume
+    boxes: tuple[Box, ...]
+    offset: float
+    scale: float
+
+
+@dataclass(frozen=True)
 class TrainingJob:
     """A training run, decided: what every worker needs to know. All of it can be pickled by Ray."""
 
     config: CodecConfig
     settings: TrainingConfig
     chunk: Shape3
-    dtype: str
-    fill_value: float
-    offset: float
-    scale: float
+    lessons: tuple[Lesson, ...]
     start: Weights | None
     record: dict[str, Any]
     threads: int
@@ -72,6 +79,7 @@ def train(
     volume: Volume,
     settings: TrainingConfig,
     *,
+    also: Sequence[Volume] = (),
     start: Weights | None = None,
     chunk: Shape3 | None = None,
     region: Box | None = None,
@@ -85,13 +93,15 @@ def train(
 
     Parameters
     ----------
+    also
+        More volumes to learn from, as much as from the first; their voxels must be shaped like its.
     start
         Weights of another domain to start from; with `settings.teacher_steps` of zero their teacher
         teaches a student on this volume.
     chunk
         Voxels of a training crop; the volume's default chunk if None.
     region
-        The part of the volume to sample; all of it if None.
+        The part of the first volume to sample; all of it if None.
     storage
         Where checkpoints go (path or s3:// URL, the volume's endpoint); a temporary folder if None.
 
@@ -109,24 +119,32 @@ def train(
     region = region or Box((0, 0, 0), volume.shape)
     if any(c % s for c, s in zip(chunk, config.stride, strict=True)):
         raise SettingsError(f"chunk shape {chunk} must be a multiple of {config.stride} for this volume")
-    chunk = fitting_chunk(chunk, region.shape, config)
-    boxes = [box.shifted(region.start) for box in training_boxes(region.shape, chunk, tiles, settings.seed)]
-    samples = [volume.read(box) for box in sample_boxes(boxes, 24)]
-    if not any(is_tissue(sample, volume.fill_value) for sample in samples):
-        raise SourceError(f"{volume.url} holds little but fill in {region}; there is nothing to train on")
-    offset, scale = normalisation(samples, volume.fill_value)
+    for other in also:
+        if config_for(other).stride != config.stride:
+            raise SettingsError(f"{other.url} has voxels of another shape than {volume.url}")
+    learnt = [(volume, region), *((other, Box((0, 0, 0), other.shape)) for other in also)]
+    for _, part in learnt:
+        chunk = fitting_chunk(chunk, part.shape, config)
+    lessons = tuple(_lesson(one, part, chunk, tiles // len(learnt), settings.seed) for one, part in learnt)
     given = resources(workers, use_gpu=use_gpu)
     record = {
         "source": volume.url,
+        "also": [other.url for other in also],
         "region": str(region),
         "settings": settings.model_dump(mode="json"),
         "workers": workers,
         "start": None if start is None else start.digest,
     }
-    job = TrainingJob(
-        config, settings, chunk, volume.dtype, volume.fill_value, offset, scale, start, record, given.threads
-    )
-    return _fit(job, volume, boxes, workers, given, use_gpu, storage, listener)
+    job = TrainingJob(config, settings, chunk, lessons, start, record, given.threads)
+    return _fit(job, workers, given, use_gpu, storage, listener)
+
+
+def _lesson(volume: Volume, region: Box, chunk: Shape3, tiles: int, seed: int) -> Lesson:
+    boxes = [box.shifted(region.start) for box in training_boxes(region.shape, chunk, tiles, seed)]
+    samples = [volume.read(box) for box in sample_boxes(boxes, 24)]
+    if not any(is_tissue(sample, volume.fill_value) for sample in samples):
+        raise SourceError(f"{volume.url} holds little but fill in {region}; there is nothing to train on")
+    return Lesson(volume, tuple(boxes), *normalisation(samples, volume.fill_value))
 
 
 def fitting_chunk(chunk: Shape3, shape: Shape3, config: CodecConfig) -> Shape3:
@@ -137,20 +155,18 @@ def fitting_chunk(chunk: Shape3, shape: Shape3, config: CodecConfig) -> Shape3:
 
 def _fit(
     job: TrainingJob,
-    volume: Volume,
-    boxes: Sequence[Box],
     workers: int,
     given: Resources,
     use_gpu: bool,
     storage: str | None,
     listener: Listener,
 ) -> Weights:
-    source = BoxSource(volume, [(str(box), box) for box in boxes])
-    dataset = ray.data.read_datasource(source, num_cpus=0.25).map_batches(
-        partial(_tissue_rows, dtype=job.dtype, fill_value=job.fill_value), batch_size=1, num_cpus=0.25
-    )
+    first, *others = [_tiles(number, lesson) for number, lesson in enumerate(job.lessons)]
+    dataset = first.union(*others) if others else first
+    volume = job.lessons[0].volume
+    count = sum(len(lesson.boxes) for lesson in job.lessons)
     # A small volume has few tiles: then every worker gets all of them.
-    split = ["tiles"] if len(boxes) >= TILES_PER_WORKER * workers else []
+    split = ["tiles"] if count >= TILES_PER_WORKER * workers else []
     with tempfile.TemporaryDirectory(prefix="ucray-train-") as scratch, _followed(job, listener) as board:
         path, filesystem = _place(storage or scratch, volume.endpoint_url)
         trainer = TorchTrainer(
@@ -188,8 +204,12 @@ def _work(loop: dict[str, Any]) -> None:
     batches = ray.train.get_dataset_shard("tiles").iter_batches(batch_size=1)
     # Tiles come in the order they were read in; a seed should give the same crops every time.
     rows = sorted((one_row(batch) for batch in batches), key=lambda row: str(row["key"]))
-    voxels = (voxels_of(row, job.dtype) for row in rows)
-    tiles = prepare_tiles(voxels, job.fill_value, job.offset, job.scale)
+    tiles: list[Tile] = []
+    for number, lesson in enumerate(job.lessons):
+        volume = lesson.volume
+        mine = [voxels_of(row, volume.dtype) for row in rows if _lesson_of(str(row["key"])) == number]
+        if mine:
+            tiles += prepare_tiles(mine, volume.fill_value, lesson.offset, lesson.scale)
     device = ray.train.torch.get_device()
     trainer = Trainer(
         job.config,
@@ -220,6 +240,19 @@ def _work(loop: dict[str, Any]) -> None:
         batches = [sampler.draw(job.settings.batch) for _ in range(CALIBRATION_BATCHES)]
         files[WEIGHTS_FILE] = trainer.finish(batches, job.record).to_bytes()
     _report(files, figures)
+
+
+def _tiles(number: int, lesson: Lesson) -> ray.data.Dataset:
+    """The tiles of one lesson; their keys start with its number."""
+    volume = lesson.volume
+    source = BoxSource(volume, [(f"{number}/{box}", box) for box in lesson.boxes])
+    kept = partial(_tissue_rows, dtype=volume.dtype, fill_value=volume.fill_value)
+    dataset: ray.data.Dataset = ray.data.read_datasource(source, num_cpus=0.25)
+    return dataset.map_batches(kept, batch_size=1, num_cpus=0.25)
+
+
+def _lesson_of(key: str) -> int:
+    return int(key.partition("/")[0])
 
 
 def _tissue_rows(

@@ -85,7 +85,9 @@ class Trainer:
         self.coder = Coder(config)
         self.teacher = Synthesis(config, config.teacher)
         self.student = Synthesis(config, config.student)
-        self._distillation = Distillation(config, self.coder, self.teacher, self.student)
+        self._distillation = Distillation(
+            config, self.coder, self.teacher, self.student, taught=settings.taught
+        )
         self._started = start is not None
         if start is not None:
             load_weights(start, self.coder, self.teacher, self.student)

@@ -84,11 +84,21 @@ class RateDistortion(nn.Module):
 
 
 class Distillation(nn.Module):
-    """Stage 2: loss of a batch, over the student alone."""
+    """Stage 2: loss of a batch, over the student alone; without the teacher's share if not `taught`."""
 
-    def __init__(self, config: CodecConfig, coder: Coder, teacher: Synthesis, student: Synthesis) -> None:
+    def __init__(
+        self,
+        config: CodecConfig,
+        coder: Coder,
+        teacher: Synthesis,
+        student: Synthesis,
+        *,
+        taught: bool = True,
+    ) -> None:
         super().__init__()
         self.student = student
+        self._output_weight = OUTPUT_WEIGHT if taught else 0.0
+        self._feature_weight = FEATURE_WEIGHT if taught else 0.0
         self.project = nn.Conv3d(config.student.grid_width, config.teacher.grid_width, 1)
         # Frozen parts are kept out of the module tree: they have no gradient and no state to save.
         self._frozen = (coder, teacher)
@@ -109,7 +119,7 @@ class Distillation(nn.Module):
         weight = torch.tensor([lambda_of(float(q)) for q in quality]).to(x)
         mimic = functional.mse_loss(self.project(features), teacher_features)
         mimic = mimic / teacher_features.square().mean().clamp_min(1e-6)
-        loss = ((data + OUTPUT_WEIGHT * output) / weight**BALANCE).mean() + FEATURE_WEIGHT * mimic
+        loss = ((data + self._output_weight * output) / weight**BALANCE).mean() + self._feature_weight * mimic
         teacher_mse = (target - x).square().mean()
         return loss, {"mse": data.mean().detach(), "teacher_mse": teacher_mse.detach()}
 
