@@ -73,17 +73,26 @@ class FrequencyTables:
 
     def bits_of(self, tables: Tables, symbols: Symbols) -> float:
         """About how many bits symbols take with their tables, both flat; an escape counts two bytes more."""
+        letters = self.letters_of(tables, symbols)
+        escaped = int(np.isin(letters, self._escapes).sum())
+        return float(self._letter_bits[letters].sum()) + 16.0 * escaped
+
+    def letters_of(self, tables: Tables, symbols: Symbols) -> npt.NDArray[np.int64]:
+        """Places in `frequencies` of symbols that are coded with tables, both flat; none for silent ones."""
         coded = np.flatnonzero(tables != SILENT)
         table, symbol = tables[coded], symbols[coded].astype(np.int64)
         reach = self.reach.astype(np.int64)[table]
-        escaped = np.abs(symbol) > reach
-        letters = np.where(escaped, 2 * reach + 1, symbol + reach)
-        return float(self._letter_bits[self._starts[table] + letters].sum()) + 16.0 * int(escaped.sum())
+        letters = np.where(np.abs(symbol) > reach, 2 * reach + 1, symbol + reach)
+        return np.asarray(self._starts[table] + letters)
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
         lengths = 2 * self.reach.astype(np.int64) + 2
         return np.asarray(np.cumsum(lengths) - lengths)
+
+    @cached_property
+    def _escapes(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self._starts + 2 * self.reach.astype(np.int64) + 1)
 
     @cached_property
     def _letter_bits(self) -> npt.NDArray[np.float32]:

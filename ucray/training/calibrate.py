@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ucray.codec.codebook import quantise_codes
 from ucray.codec.context import FEATURE_UNITS
-from ucray.codec.entropy import SILENT, FrequencyTables, logistic_weights, to_frequencies
+from ucray.codec.entropy import FrequencyTables, logistic_weights, to_frequencies
 from ucray.codec.network import Synthesis, load_network
 from ucray.codec.residual import to_cells
 from ucray.codec.stream import StreamModel
@@ -58,7 +58,7 @@ def to_weights(
     counts = _count(config, coder, draft, batches)
     counted = [
         to_frequencies(count + prior / prior.sum() * PRIOR_COUNT)
-        for count, prior in zip(counts.symbols, logistic, strict=True)
+        for count, prior in zip(counts.by_table(), logistic, strict=True)
     ]
     frequencies = FrequencyTables(
         reach=draft.frequencies.reach,
@@ -93,11 +93,17 @@ class _Counts:
     """What calibration counts: symbols by table, codes by stage, moments for the linear reference."""
 
     def __init__(self, config: CodecConfig, reach: npt.NDArray[np.int64]) -> None:
-        self.symbols = [np.zeros(2 * r + 2) for r in reach]
+        self.symbols = np.zeros(int((2 * reach + 2).sum()))
+        self._reach = reach
         self.codes = np.zeros((config.code_stages, config.codes))
         self._latents = np.zeros((config.latents, config.latents))
         self._voxels = np.zeros((config.latents, int(np.prod(config.latent_cell))))
         self._cell = config.latent_cell
+
+    def by_table(self) -> list[npt.NDArray[np.float64]]:
+        """Letters of each table; symbols of both signs count alike, the escape stands last."""
+        found = np.split(self.symbols, np.cumsum(2 * self._reach + 2)[:-1])
+        return [np.append((seen[:-1] + seen[-2::-1]) / 2, seen[-1]) for seen in found]
 
     def add_reconstruction(self, latents: npt.NDArray[np.int64], chunk: npt.NDArray[np.float32]) -> None:
         """Whole latents (z, y, x, latents) and the normalised chunk they stand for."""
@@ -118,7 +124,7 @@ class _Counts:
 
 
 def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Sequence[Tensor]) -> _Counts:
-    """Count over batches; symbols of both signs alike."""
+    """Count over batches."""
     reach = draft.frequencies.reach.astype(np.int64)
     counts = _Counts(config, reach)
     for batch in batches:
@@ -133,12 +139,8 @@ def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Seque
                 symbols, coded = draft.quantise(one_codes, values, quality)
                 if quality == CALIBRATION_QUALITIES[-2]:
                     counts.add_reconstruction(coded.latents, chunk)
-                tables = np.concatenate([*symbols.tables, np.empty(0, np.uint8)])
-                found = np.concatenate([*symbols.values, np.empty(0, np.int16)]).astype(np.int64)
-                for table in np.unique(tables[tables != SILENT]):
-                    some = found[tables == table]
-                    size = np.where(np.abs(some) > reach[table], reach[table] + 1, some) + reach[table]
-                    seen = np.bincount(size, minlength=2 * int(reach[table]) + 2).astype(np.float64)
-                    seen[:-1] = (seen[:-1] + seen[-2::-1]) / 2
-                    counts.symbols[table] += seen
+                for tables, found in zip(symbols.tables, symbols.values, strict=True):
+                    counts.symbols += np.bincount(
+                        draft.frequencies.letters_of(tables, found), minlength=counts.symbols.size
+                    )
     return counts
