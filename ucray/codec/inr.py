@@ -23,6 +23,9 @@ OCTAVES = 3
 JOINED = 4
 """Points of a cell that go through one matrix product."""
 
+CELLS = 512
+"""Cells that are evaluated together where nothing has to be kept for a gradient."""
+
 
 class CoordinateNetwork(nn.Module):
     """One value per coordinate and cell, from `width` features a cell."""
@@ -39,19 +42,29 @@ class CoordinateNetwork(nn.Module):
     def forward(self, features: Tensor, coordinates: Tensor) -> Tensor:
         """Values (..., points) of features (..., width) at coordinates (points, 3) in [-1, 1]."""
         scale, shift = self.modulate(encode_coordinates(coordinates)).chunk(2, dim=-1)
-        hidden = functional.relu(torch.addcmul(shift, features.unsqueeze(-2), 1.0 + scale), inplace=True)
-        # Products this small waste a processor: several points share one, on a block-diagonal matrix.
-        width, points = hidden.shape[-1], hidden.shape[-2]
+        width, points = scale.shape[1], len(scale)
+        # Every point's scaling side by side: one matrix takes a cell's feature to all of its points.
+        spread = torch.diag_embed(1.0 + scale).permute(1, 0, 2).reshape(width, points * width)
         joined = math.gcd(points, JOINED)
-        hidden = hidden.reshape(*hidden.shape[:-2], points // joined, joined * width)
-        hidden = _joined(self.hidden, hidden, joined)
-        return _joined(self.value, functional.relu(hidden, inplace=True), joined).flatten(-2)
+        layers = [
+            (torch.block_diag(*[layer.weight] * joined).T, layer.bias.repeat(joined))  # type: ignore[no-untyped-call]
+            for layer in (self.hidden, self.value)
+        ]
 
+        def values(cells: Tensor) -> Tensor:
+            hidden = functional.relu(torch.addmm(shift.reshape(-1), cells, spread), inplace=True)
+            (middle, middle_bias), (last, last_bias) = layers
+            # Products this small waste a processor: several points share one, on a block-diagonal matrix.
+            hidden = torch.addmm(middle_bias, hidden.reshape(-1, joined * width), middle)
+            return torch.addmm(last_bias, functional.relu(hidden, inplace=True), last).reshape(-1, points)
 
-def _joined(layer: nn.Linear, values: Tensor, joined: int) -> Tensor:
-    """A layer applied to each of the `joined` parts of the last axis of `values`."""
-    weight = torch.block_diag(*[layer.weight] * joined)  # type: ignore[no-untyped-call]
-    return functional.linear(values, weight, layer.bias.repeat(joined))
+        cells = features.reshape(-1, width)
+        if torch.is_grad_enabled():
+            found = values(cells)
+        else:
+            # What a few cells need stays in a processor's cache from one layer to the next.
+            found = torch.cat([values(cells[n : n + CELLS]) for n in range(0, len(cells), CELLS)])
+        return found.reshape(*features.shape[:-1], points)
 
 
 def cell_coordinates(cell: Shape3) -> Tensor:

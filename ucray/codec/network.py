@@ -162,11 +162,27 @@ class Synthesis(nn.Module):
 
     def decode(self, y_hat: Tensor, features: Tensor, quality: Tensor) -> Tensor:
         """Chunks from latents (the linear part) and features (its correction)."""
-        base = self.linear(self.rescaled(y_hat, quality))
-        subbands = base + self.correct(features) * _channels(self.subband_scale)
-        cells = self.feature(features).permute(0, 2, 3, 4, 1).contiguous()
-        detail = cells_to_volume(self.inr(cells, self.coordinates), self.cell)
-        return self.wavelet.inverse(subbands) + detail
+        y_hat = self.rescaled(y_hat, quality)
+        cells = features.permute(0, 2, 3, 4, 1).contiguous()
+        detail = self.inr(functional.linear(cells, *_pointwise(self.feature)), self.coordinates)
+        if self.wavelet.blockwise:
+            return self._decode_blocks(y_hat, cells, detail)
+        subbands = self.linear(y_hat) + self.correct(features) * _channels(self.subband_scale)
+        return self.wavelet.inverse(subbands) + cells_to_volume(detail, self.cell)
+
+    def _decode_blocks(self, y_hat: Tensor, cells: Tensor, detail: Tensor) -> Tensor:
+        """Both linear layers joined with the inverse wavelet: a matrix product each, straight to voxels."""
+        block = self.wavelet.block
+        weight, bias = _pointwise(self.correct)
+        scaled = block * self.subband_scale[:, None]
+        detail = torch.addmm(bias @ scaled, cells.flatten(0, 3), weight.T @ scaled).view_as(detail) + detail
+        stride = triple(int(n) for n in self.linear.stride)
+        inner = self.linear.weight.permute(0, 2, 3, 4, 1) @ block
+        inner = inner.reshape(*inner.shape[:4], *self.cell)
+        whole = inner.permute(0, 1, 4, 2, 5, 3, 6).flatten(1)
+        base = y_hat.permute(0, 2, 3, 4, 1) @ whole
+        cell = triple(a * b for a, b in zip(stride, self.cell, strict=True))
+        return cells_to_volume(base, cell) + cells_to_volume(detail, self.cell)
 
 
 def start_linear(analysis: Analysis, synthesis: Synthesis, tiles: Tensor) -> None:
@@ -202,6 +218,12 @@ def parameter_count(module: nn.Module) -> int:
 def _zero(layer: nn.Conv3d) -> None:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+
+
+def _pointwise(layer: nn.Conv3d) -> tuple[Tensor, Tensor]:
+    """Weight (outputs, inputs) and bias of a convolution of one cell."""
+    assert layer.bias is not None
+    return layer.weight.flatten(1), layer.bias
 
 
 def _channels(vector: Tensor) -> Tensor:

@@ -49,12 +49,18 @@ class WaveletPacket(nn.Module):
         """Coefficients of `volume` (batch, 1, z, y, x); each axis a multiple of its stride."""
         return functional.conv3d(self._wrapped(volume), self.analysis, stride=self.stride)
 
+    @property
+    def blockwise(self) -> bool:
+        """Whether the filters of neighbouring cells do not overlap, as those of Haar."""
+        return self.lengths == self.stride and self.starts == (0, 0, 0)
+
+    @property
+    def block(self) -> Tensor:
+        """Where `blockwise`: the synthesis of one cell as a matrix (subbands, voxels of a cell)."""
+        return self.synthesis.reshape(len(self.synthesis), -1)
+
     def inverse(self, coefficients: Tensor) -> Tensor:
         """Volume (batch, 1, z, y, x) of coefficients as `forward` gives them."""
-        if self.lengths == self.stride and self.starts == (0, 0, 0):
-            # Blocks that do not overlap: one matrix product a cell, which is faster than a convolution.
-            matrix = self.synthesis.reshape(len(self.synthesis), -1)
-            return cells_to_volume(coefficients.permute(0, 2, 3, 4, 1) @ matrix, self.stride)
         extended = functional.conv_transpose3d(coefficients, self.synthesis, stride=self.stride)
         return self._folded(
             extended, [n * s for n, s in zip(coefficients.shape[2:], self.stride, strict=True)]
