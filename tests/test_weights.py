@@ -16,7 +16,7 @@ from ucray.codec.context import FEATURE_UNITS, TABLES
 from ucray.codec.entropy import TOTAL
 from ucray.codec.network import Analysis, Synthesis, load_network
 from ucray.codec.stream import StreamModel
-from ucray.codec.weights import FORMAT, Weights, stream_tensors
+from ucray.codec.weights import FORMAT, SCALE, Array, Weights, stream_tensors
 from ucray.config import CodecConfig
 from ucray.errors import WeightsError
 from ucray.training.calibrate import freeze, load_weights
@@ -75,7 +75,7 @@ def test_digest_depends_on_every_tensor_and_on_the_configuration(tiny_weights: W
     digests = {tiny_weights.digest}
     for name, array in tiny_weights.tensors.items():
         changed = array.copy()
-        changed.reshape(-1)[-1] += 1
+        changed.reshape(-1)[-1] = 0 if changed.reshape(-1)[-1] else 1
         digests.add(Weights(tiny_weights.config, dict(tiny_weights.tensors) | {name: changed}).digest)
     other = tiny_weights.config.model_copy(update={"wavelet": "db2"})
     digests.add(Weights(other, tiny_weights.tensors).digest)
@@ -277,9 +277,34 @@ def test_networks_are_loaded_as_stored(tiny_weights: Weights) -> None:
     student = Synthesis(tiny_weights.config, tiny_weights.config.student)
     load_network(tiny_weights, "student", student)
     state = student.state_dict()
-    assert state.keys() == tiny_weights.part("student").keys()
-    for name, array in tiny_weights.part("student").items():
-        np.testing.assert_array_equal(state[name].numpy(), array.astype(np.float32))
+    stored = tiny_weights.part("student")
+    assert state.keys() == {name for name in stored if not name.endswith(SCALE)}
+    for name, values in state.items():
+        expected: npt.NDArray[np.float32] = stored[name].astype(np.float32)
+        if stored[name].dtype == np.int8:
+            scale = stored[name + SCALE].astype(np.float32)
+            expected *= scale.reshape(-1, *[1] * (expected.ndim - 1))
+        np.testing.assert_array_equal(values.numpy(), expected)
+
+
+def test_eight_bits_keep_a_student_s_matrices(tiny_weights: Weights) -> None:
+    """Rounded to the nearest of 255 values a row, the largest at the end of the range."""
+    matrices = {n: a for n, a in tiny_weights.part("student").items() if a.dtype == np.int8}
+    assert {"linear.weight", "latent.0.spatial.weight", "inr.hidden.weight"} <= matrices.keys()
+    for name, array in matrices.items():
+        rows = np.abs(array.reshape(len(array), -1).astype(int)).max(axis=1)
+        assert set(rows[rows > 0]) == {127}, name
+
+
+@pytest.mark.parametrize("scale", [None, np.ones(3, np.float32), np.ones((1, 1), np.float32)])
+def test_a_scale_that_does_not_fit_is_refused(tiny_weights: Weights, scale: Array | None) -> None:
+    name = "student.linear.weight" + SCALE
+    tensors = {n: a for n, a in tiny_weights.tensors.items() if n != name}
+    if scale is not None:
+        tensors[name] = scale
+    damaged = Weights(tiny_weights.config, tensors)
+    with pytest.raises(WeightsError, match="scale"):
+        load_network(damaged, "student", Synthesis(damaged.config, damaged.config.student))
 
 
 def test_decoder_weights_cannot_load_an_analysis(tiny_weights: Weights) -> None:

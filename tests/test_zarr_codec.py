@@ -214,25 +214,36 @@ def _tampered_digest(configuration: dict[str, Any]) -> None:
 
 
 def _tampered_weights(configuration: dict[str, Any]) -> None:
-    encoded = configuration["weights"]["safetensors"]
-    configuration["weights"]["safetensors"] = (
-        encoded[:-9] + ("A" if encoded[-9] != "A" else "B") + encoded[-8:]
-    )
+    encoded = configuration["weights"]["zstd"]
+    configuration["weights"]["zstd"] = encoded[:-9] + ("A" if encoded[-9] != "A" else "B") + encoded[-8:]
 
 
 def _cut_weights(configuration: dict[str, Any]) -> None:
-    configuration["weights"]["safetensors"] = configuration["weights"]["safetensors"][:400]
+    configuration["weights"]["zstd"] = configuration["weights"]["zstd"][:400]
 
 
 def _no_base64(configuration: dict[str, Any]) -> None:
-    configuration["weights"]["safetensors"] = "*" * 400
+    configuration["weights"]["zstd"] = "*" * 400
 
 
 def _no_text(configuration: dict[str, Any]) -> None:
-    configuration["weights"]["safetensors"] = 7
+    configuration["weights"]["zstd"] = 7
 
 
-@pytest.mark.parametrize("tamper", [_tampered_digest, _tampered_weights, _cut_weights, _no_base64, _no_text])
+def _another_size(configuration: dict[str, Any]) -> None:
+    configuration["weights"]["bytes"] += 1
+
+
+def _absurd_size(configuration: dict[str, Any]) -> None:
+    configuration["weights"]["bytes"] = 1 << 60
+
+
+TAMPERS = [
+    _tampered_digest, _tampered_weights, _cut_weights, _no_base64, _no_text, _another_size, _absurd_size,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tamper", TAMPERS)
 def test_tampered_weights_are_refused(
     tamper: Callable[[dict[str, Any]], None],
     tmp_path: Path,

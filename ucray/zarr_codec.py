@@ -15,12 +15,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numcodecs import zstd
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.common import parse_named_configuration
 
 from ucray.codec.chunk import DTYPES, ChunkFormat
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
+from ucray.codec.fill import unpack_exactly
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES
 from ucray.errors import ArchiveError, DtypeError, SettingsError, WeightsError
@@ -32,6 +34,12 @@ if TYPE_CHECKING:
 
 NAME = "ucray"
 VERSION = 3
+
+WEIGHTS_LEVEL = 19
+"""zstd level of the weights in the metadata."""
+
+LARGEST_WEIGHTS = 1 << 28
+"""Bytes of weights that are unpacked at most."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +82,19 @@ class UcrayCodec(ArrayBytesCodec):
             quality = int(configuration["quality"])
             bound = configuration["max_error"]
             max_error = None if bound is None else float(bound)
-            encoded, digest = configuration["weights"]["safetensors"], configuration["weights"]["digest"]
+            stored = configuration["weights"]
+            packed, size, digest = stored["zstd"], int(stored["bytes"]), stored["digest"]
         except (KeyError, TypeError, ValueError):
             raise ArchiveError("the codec's configuration in zarr.json is incomplete") from None
         if not 0 <= quality < QUALITIES:
             raise ArchiveError(f"the codec's quality in zarr.json is {quality}, not 0 to {QUALITIES - 1}")
-        try:
-            weights = Weights.from_bytes(base64.b64decode(encoded, validate=True))
-        except (binascii.Error, TypeError, ValueError):
-            raise WeightsError("the weights in zarr.json are damaged: not base64") from None
+        weights = Weights.from_bytes(_unpacked(packed, size))
         if weights.digest != digest:
             raise WeightsError(f"the weights in zarr.json have digest {weights.digest}, not {digest}")
         return cls(weights, offset, scale, quality, max_error)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration for zarr.json, with the decoder's weights inside."""
-        decoder = self.weights.decoder(bounded=self.max_error is not None)
         return {
             "name": NAME,
             "configuration": {
@@ -98,12 +103,16 @@ class UcrayCodec(ArrayBytesCodec):
                 "scale": self.scale,
                 "quality": self.quality,
                 "max_error": self.max_error,
-                "weights": {
-                    "digest": decoder.digest,
-                    "safetensors": base64.b64encode(decoder.to_bytes()).decode("ascii"),
-                },
+                "weights": self._stored_weights,
             },
         }
+
+    @cached_property
+    def _stored_weights(self) -> dict[str, Any]:
+        decoder = self.weights.decoder(bounded=self.max_error is not None)
+        data = decoder.to_bytes()
+        packed = base64.b64encode(bytes(zstd.compress(data, WEIGHTS_LEVEL))).decode("ascii")
+        return {"digest": decoder.digest, "bytes": len(data), "zstd": packed}
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> Self:
         """Bind the codec to an array's chunk shape, dtype and fill value."""
@@ -162,3 +171,17 @@ class UcrayCodec(ArrayBytesCodec):
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
         """Refused: the size of a coded chunk depends on its voxels."""
         raise NotImplementedError("the size of a chunk coded by ucray depends on its voxels")
+
+
+def _unpacked(packed: Any, size: int) -> bytes:
+    """The safetensors file in zarr.json; no more memory is taken than its stated size."""
+    try:
+        frame = base64.b64decode(packed, validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        raise WeightsError("the weights in zarr.json are damaged: not base64") from None
+    if not 0 < size <= LARGEST_WEIGHTS:
+        raise WeightsError(f"the weights in zarr.json claim to have {size} bytes")
+    data = np.empty(size, np.uint8)
+    if not unpack_exactly(frame, data):
+        raise WeightsError(f"the weights in zarr.json are damaged: they do not unpack to {size} bytes")
+    return data.tobytes()

@@ -97,10 +97,13 @@ class VolumeCodec:
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Chunks run side by side, so each keeps torch to one thread."""
+    """Chunks run side by side, so each keeps torch and numpy to one thread."""
+    from threadpoolctl import threadpool_limits
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with threadpool_limits(1):
+            yield
     finally:
         torch.set_num_threads(before)

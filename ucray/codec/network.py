@@ -238,12 +238,10 @@ def load_network(weights: Weights, part: str, module: nn.Module) -> None:
     WeightsError
         If the part is missing or does not fit the network.
     """
-    arrays = weights.part(part)
+    arrays = weights.network(part)
     if not arrays:
         raise WeightsError(f"the weights hold no {part}; decoder weights cannot do more than decode")
     try:
-        module.load_state_dict(
-            {name: torch.from_numpy(array.astype("float32")) for name, array in arrays.items()}
-        )
+        module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     except RuntimeError:
         raise WeightsError(f"the weights are damaged: the {part} does not fit its configuration") from None

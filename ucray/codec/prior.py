@@ -46,6 +46,9 @@ STEP_UNITS = 64
 LARGEST_SHIFT = 16
 """Bits behind the point of a context network's weights, at most: a bias then fits 32 bits."""
 
+LARGEST_WEIGHT = 2047.0
+"""Whole weights of a context network, at most: twelve bits, for every archive holds them."""
+
 
 def lambda_of(quality: float) -> float:
     """Weight of rate against distortion at a quality from 0 (coarsest) to QUALITIES - 1."""
@@ -239,9 +242,9 @@ def _whole_network(network: nn.Module) -> tuple[Layer, Layer, Layer]:
 
 
 def _whole_layer(linear: nn.Linear, *, first: bool = False) -> Layer:
-    """The layer with weights of 16 bits; its sums are in units of its inputs times 2**-shift."""
+    """The layer with whole weights; its sums are in units of its inputs times 2**-shift."""
     reach = max(float(linear.weight.abs().max()), 2.0**-8)
-    shift = min(LARGEST_SHIFT, math.floor(math.log2(32767.0 / reach)))
+    shift = min(LARGEST_SHIFT, math.floor(math.log2(LARGEST_WEIGHT / reach)))
     units = _input_units(first)
     return Layer(
         _whole(linear.weight.cpu() * 2.0**shift, np.int16),

@@ -32,6 +32,9 @@ DECODER_PARTS = ("stream", "student")
 BOUNDED_PARTS = ("stream", "reference")
 LAYERS = ("first", "middle", "last")
 
+SCALE = ":scale"
+"""Behind the name of an int8 tensor: what one unit is worth, for each index of its first axis."""
+
 SMALLEST_SHARE, LARGEST_SHARE = 2.0**-24, 2.0**10
 """Of a latent's unit in its deviation: products of whole numbers then stay within 63 bits."""
 
@@ -50,7 +53,7 @@ class Weights:
     config
         Shapes of networks and stream.
     tensors
-        Arrays by name, float16 for networks.
+        Arrays by name; networks are float16, the student's matrices int8 with a float32 scale a row.
     training
         How they were made (steps, seed, source, ...), for people; JSON values.
     """
@@ -116,6 +119,28 @@ class Weights:
             for key, value in self.tensors.items()
             if key.startswith(prefix)
         }
+
+    def network(self, part: str) -> dict[str, npt.NDArray[np.float32]]:
+        """Tensors of a network in float32; empty if these weights do not hold it.
+
+        Raises
+        ------
+        WeightsError
+            If a scale does not fit its tensor.
+        """
+        arrays = self.part(part)
+        found = {}
+        for name, array in arrays.items():
+            if name.endswith(SCALE):
+                continue
+            values = array.astype(np.float32)
+            if array.dtype == np.int8:
+                scale = arrays.get(name + SCALE)
+                if scale is None or scale.shape != array.shape[:1] or scale.dtype != np.float32:
+                    raise WeightsError(f"the weights are damaged: {part}.{name} has no scale that fits")
+                values = values * scale.astype(np.float32).reshape(-1, *[1] * (array.ndim - 1))
+            found[name] = values
+        return found
 
     def decoder(self, *, bounded: bool = False) -> Weights:
         """What an archive must hold to be decoded, nothing of the training.

@@ -16,7 +16,7 @@ from ucray.codec.entropy import FrequencyTables, logistic_weights, to_frequencie
 from ucray.codec.network import Synthesis, load_network
 from ucray.codec.residual import to_cells
 from ucray.codec.stream import StreamModel
-from ucray.codec.weights import Weights, stream_tensors
+from ucray.codec.weights import SCALE, Weights, stream_tensors
 from ucray.config import QUALITIES, CodecConfig
 from ucray.training.loss import Coder
 
@@ -66,10 +66,10 @@ def to_weights(
         code_frequencies=np.stack([to_frequencies(row + 1.0) for row in counts.codes]),
     )
     tensors = stream_tensors(StreamModel(draft.context, frequencies)) | counts.reference()
-    for part, module in (("analysis", coder.analysis), ("teacher", teacher), ("student", student)):
-        tensors |= {
-            f"{part}.{name}": value.half().cpu().numpy() for name, value in module.state_dict().items()
-        }
+    for part, module in (("analysis", coder.analysis), ("teacher", teacher)):
+        tensors |= {f"{part}.{name}": _half(value) for name, value in module.state_dict().items()}
+    for name, value in student.state_dict().items():
+        tensors |= _small(f"student.{name}", value)
     weights = Weights(config, tensors, training)
     weights.check_stream()
     return weights
@@ -144,3 +144,17 @@ def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Seque
                         draft.frequencies.letters_of(tables, found), minlength=counts.symbols.size
                     )
     return counts
+
+
+def _half(value: Tensor) -> npt.NDArray[np.generic]:
+    return np.asarray(value.half().cpu().numpy())
+
+
+def _small(name: str, value: Tensor) -> dict[str, npt.NDArray[np.generic]]:
+    """A student's tensor as archives hold it: matrices in eight bits, with a scale for each row."""
+    if value.dim() < 2 or not name.endswith(".weight"):
+        return {name: _half(value)}
+    rows = value.detach().flatten(1).float().cpu()
+    scale = (rows.abs().amax(dim=1) / 127.0).clamp_min(1e-12)
+    whole = (rows / scale[:, None]).round().to(torch.int8).reshape(value.shape)
+    return {name: whole.numpy(), name + SCALE: scale.numpy()}
