@@ -108,6 +108,23 @@ def test_the_teacher_of_one_domain_teaches_the_student_of_another(
         np.testing.assert_array_equal(made.part("stream")[table], tiny_weights.part("stream")[table])
 
 
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_student_left_alone_does_not_hear_its_teacher(
+    taught: bool, sampler: Callable[[], TileSampler], tiny_config: CodecConfig, tiny_weights: Weights
+) -> None:
+    upside_down = {
+        k: np.negative(v) if k.startswith("teacher.") else v for k, v in tiny_weights.tensors.items()
+    }
+    settings = TrainingConfig(teacher_steps=0, student_steps=4, taught=taught)
+    students = []
+    for start in (tiny_weights, Weights(tiny_config, upside_down)):
+        trainer = Trainer(tiny_config, settings, start=start)
+        _run(trainer, sampler(), 4)
+        made = trainer.finish([torch.zeros(1, 1, *CHUNK)], {})
+        students.append({name: array.tobytes() for name, array in made.part("student").items()})
+    assert (students[0] == students[1]) is not taught
+
+
 def test_weights_of_another_shape_cannot_start_a_run(tiny_weights: Weights) -> None:
     with pytest.raises(SettingsError, match="another configuration"):
         Trainer(CodecConfig(), SETTINGS, start=tiny_weights)
