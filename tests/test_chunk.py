@@ -149,9 +149,9 @@ def test_chunks_that_zstd_codes_shorter_are_raw_and_exact(
 ) -> None:
     chunk = chunk_format(dtype)
     encoder = encoder_of(tiny_weights, chunk)
-    voxels = np.full(FULL, 50, dtype)
     # One uneven row again and again: next to nothing for zstd, plenty for latents at the finest quality.
-    voxels[:] = np.random.default_rng(4).integers(20, 120, FULL[2])
+    row = chunk.offset + chunk.scale * np.random.default_rng(4).uniform(-1.5, 1.5, FULL[2])
+    voxels = np.broadcast_to(row if dtype == "float32" else np.rint(row), FULL).astype(dtype)
     if padded:
         voxels[:, :9] = 0
     packed = encoder.encode(voxels, 255)
