@@ -15,6 +15,7 @@ from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.fill import fill_mask
 from ucray.codec.rate import CHUNK_OVERHEAD, coarsest_reaching, finest_within
 from ucray.codec.weights import Weights
+from ucray.grid import triple
 from ucray.quality import ErrorSum
 
 SAMPLED_CHUNKS = 64
@@ -53,8 +54,10 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     chunk = ChunkFormat(plan.grid.chunk, volume.dtype, volume.fill_value, offset, scale)
     encoder = ChunkEncoder(weights, chunk, device=device_for(device), max_error=target.max_error)
     prepared: list[Prepared] = []
-    for number, sample in enumerate(samples):
-        prepared += encoder.prepare([sample])
+    for number, (box, sample) in enumerate(zip(boxes, samples, strict=True)):
+        # A chunk says its place, and those bytes count too.
+        place = triple(start // size for start, size in zip(box.start, plan.grid.chunk, strict=True))
+        prepared += encoder.prepare([sample], [place])
         listener(Event("measure", len(boxes) + number + 1, 2 * len(boxes)))
     share = plan.region.voxels / sum(box.voxels for box in boxes)
 
