@@ -197,8 +197,7 @@ def run(
 def archive_bytes(archive: Archive) -> tuple[int, int]:
     """All bytes under the archive's prefix: (without weights, of weights)."""
     sizes = archive.sizes()
-    encoded = archive.codec.to_dict()["configuration"]["weights"]["zstd"]
-    weights = sizes.get(WEIGHTS_KEY, 0) + len(encoded)
+    weights = sizes.get(WEIGHTS_KEY, 0) + archive.weights_size
     return sum(sizes.values()) - weights, weights
 
 

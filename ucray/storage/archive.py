@@ -92,14 +92,29 @@ class Archive:
     @cached_property
     def codec(self) -> UcrayCodec:
         """The codec in the array's metadata, with the decoder's weights; raises ArchiveError."""
+        return UcrayCodec.from_dict(self._codec_document)
+
+    @property
+    def weights_size(self) -> int:
+        """Bytes that the decoder's weights take in the array's metadata; raises ArchiveError."""
+        try:
+            return len(self._codec_document["configuration"]["weights"]["zstd"])
+        except (KeyError, TypeError):
+            raise self._damaged from None
+
+    @cached_property
+    def _codec_document(self) -> dict[str, Any]:
         data = self.objects.get(ARRAY_KEY)
         if data is None:
             raise ArchiveError(f"{self.objects.url} holds no array {ARRAY}: its writing did not start")
         try:
-            sharding = json.loads(data)["codecs"][0]["configuration"]
-            return UcrayCodec.from_dict(sharding["codecs"][0])
+            return dict(json.loads(data)["codecs"][0]["configuration"]["codecs"][0])
         except (ValueError, KeyError, IndexError, TypeError):
-            raise ArchiveError(f"the metadata of {self.objects.url}/{ARRAY} are damaged") from None
+            raise self._damaged from None
+
+    @property
+    def _damaged(self) -> ArchiveError:
+        return ArchiveError(f"the metadata of {self.objects.url}/{ARRAY} are damaged")
 
     def sizes(self) -> dict[str, int]:
         """Every object of the archive with its size."""
