@@ -127,18 +127,20 @@ def _build_weights(config: CodecConfig, seed: int) -> Weights:
         for synthesis in (teacher, student):
             start_linear(coder.analysis, synthesis, tiles)
             # Corrections start at zero; a test could not see whether they are computed at all.
-            for part in (synthesis.correct, synthesis.inr.value):
-                part.weight.normal_(std=0.05)
-            for module in synthesis.modules():
+            for layer in (synthesis.correct, synthesis.inr.value):
+                layer.weight.normal_(std=0.05)
+        coder.analysis.correct.weight.normal_(std=0.05)
+        for part in (coder.analysis, teacher, student):
+            for module in part.modules():
                 if isinstance(module, QualityAffine):
                     module.scale.normal_(std=0.05)
                     module.shift.normal_(std=0.05)
-        prior = coder.prior
-        prior.start(coder.analysis.latent_scale)
-        for network in prior.networks:
+        quality = torch.full((len(tiles),), 128.0)
+        coder.start(tiles, quality, generator)
+        for network in coder.prior.networks:
             for parameter in network.parameters():
                 parameter.normal_(std=0.2)
-        coder(tiles, torch.full((len(tiles),), 128.0), generator)
+        coder(tiles, quality, generator)
         freeze(coder)
         return to_weights(config, coder, teacher, student, [tiles], {"seed": seed})
 

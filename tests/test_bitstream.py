@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from ucray.codec.bitstream import (
     HEADER,
+    VERSION,
     BoundedBody,
     Chunk,
     Kind,
@@ -59,15 +60,15 @@ RAW = Chunk(Kind.RAW, DIGEST, (4, 5, 6), bytes.fromhex("00ff"), bytes.fromhex("2
 GOLDEN = {
     "neural": (
         NEURAL,
-        "55430318a16f75a00a0b0c0d01ac02f0a204050128b52ffdc80a040100a006fdff03efbeadde01000000",
+        "55430418954d123b0a0b0c0d01ac02f0a204050128b52ffdc80a040100a006fdff03efbeadde01000000",
     ),
     "bounded": (
         BOUNDED,
-        "5543030b0cd58fb50a0b0c0d000009ff07050005000000000000000000f03f020228b5011b01d704feca000007000000",
+        "5543040b1ea971650a0b0c0d000009ff07050005000000000000000000f03f020228b5011b01d704feca000007000000",
     ),
-    "constant": (CONSTANT, "554303196173713c0a0b0c0d000203030028b57f01"),
-    "raw": (RAW, "5543031a4145147f0a0b0c0d0405060200ff28b52ffd2000"),
-    "no origin, no mask": (Chunk(Kind.CONSTANT, DIGEST, None, b"", b"\x07"), "55430301a17ef6300a0b0c0d07"),
+    "constant": (CONSTANT, "5543041997f6350f0a0b0c0d000203030028b57f01"),
+    "raw": (RAW, "5543041a904b0b530a0b0c0d0405060200ff28b52ffd2000"),
+    "no origin, no mask": (Chunk(Kind.CONSTANT, DIGEST, None, b"", b"\x07"), "5543040128ce132d0a0b0c0d07"),
 }
 
 
@@ -173,8 +174,8 @@ def test_foreign_bytes_are_refused(data: bytes) -> None:
 
 
 def test_a_later_version_is_named() -> None:
-    with pytest.raises(ChunkError, match="version 4; this ucray reads version 3"):
-        read_chunk(forged(4, 0, DIGEST + b"\0\0"))
+    with pytest.raises(ChunkError, match="version 5; this ucray reads version 4"):
+        read_chunk(forged(VERSION + 1, 0, DIGEST + b"\0\0"))
 
 
 @pytest.mark.parametrize(
@@ -204,10 +205,10 @@ def test_lengths_that_do_not_fit_are_refused_behind_a_right_checksum(
     flags: int, tail: bytes, message: str
 ) -> None:
     with pytest.raises(ChunkError, match=message):
-        read_chunk(forged(3, flags, tail))
+        read_chunk(forged(VERSION, flags, tail))
 
 
 def test_a_chunk_that_ends_with_its_header_has_no_body() -> None:
-    data = forged(3, Kind.RAW, DIGEST)
+    data = forged(VERSION, Kind.RAW, DIGEST)
     assert len(data) == HEADER
     assert read_chunk(data).body == b""

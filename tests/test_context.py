@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ucray.codec.context import (
     FEATURE_UNITS,
+    LARGEST_FIRST_SUM,
     NEIGHBOURS,
     Codes,
     ContextModel,
@@ -25,7 +26,7 @@ from ucray.codec.entropy import SILENT, encode
 from ucray.codec.prior import ContextPrior, checkerboard
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES
-from ucray.errors import ChunkError
+from ucray.errors import ChunkError, WeightsError
 from ucray.grid import Shape3
 
 Latents = dict[tuple[int, int, int, int], int]
@@ -64,15 +65,18 @@ def prediction_reference(
         sum(int(model.codebook[stage, codes[(stage, *place)], width]) for stage in range(len(codes)))
         for width in range(model.codebook.shape[2])
     ]
+    inputs = [max(-511, min(511, value)) for value in inputs]
     for power in (1, 2):
         inputs.append(math.floor(FEATURE_UNITS * (quality / (QUALITIES - 1)) ** power + 0.5))
-    for a, b, c in NEIGHBOURS if part.known else ():
+    values = []
+    for a, b, c in NEIGHBOURS:
         for channel in range(part.known):
             value = known.get((cell[0] + a, cell[1] + b, cell[2] + c, channel), 0)
-            inner = max(-4096, min(4096, floor_shift(value * int(model.inward[channel]), 16)))
-            inputs += [inner, math.floor(math.sqrt(abs(inner) * 64) + 0.5)]
+            values.append(max(-511, min(511, floor_shift(value * int(model.inward[channel]), 16))))
+    inputs += values
+    inputs += [math.floor(math.sqrt(abs(value) * 32) + 0.5) for value in values[: part.known]]
     first, middle, last = model.networks[model.passes.index(part)]
-    hidden = [max(0, min(1 << 16, h)) for h in layer_reference(first, inputs, 2)]
+    hidden = [max(0, min(1 << 16, h)) for h in layer_reference(first, inputs, 3)]
     hidden = [max(0, min(1 << 16, h)) for h in layer_reference(middle, hidden)]
     output = [max(-(1 << 14), min(1 << 14, o)) for o in layer_reference(last, hidden)]
     means, tables = [], []
@@ -142,6 +146,26 @@ def test_sums_stay_exact_in_any_order(tiny_weights: Weights) -> None:
     np.testing.assert_array_equal(layer(inputs), shuffled(inputs[:, order]))
     exact = inputs.astype(object) @ weight.T.astype(object) + (1 << 31) - 1
     np.testing.assert_array_equal(layer(inputs), exact.astype(np.float64))
+
+
+def test_sums_of_a_first_layer_stay_exact_in_float32(tiny_weights: Weights) -> None:
+    """At the bound that weights are held to, in two orders, and refused beyond it."""
+    random = np.random.default_rng(0)
+    inputs = random.choice([-511, 511, 510], (3, 400)).astype(np.float32)
+    weight = random.choice([-82, 81, 82], (5, 400)).astype(np.int8)
+    inputs[0] = np.sign(weight[0].astype(np.float32)) * 511
+    layer = Layer(weight, np.full(5, 15_000, np.int32), 0)
+    assert 0.99 * LARGEST_FIRST_SUM < layer.largest_sum < LARGEST_FIRST_SUM
+    order = random.permutation(400)
+    shuffled = Layer(weight[:, order], layer.bias, 0)
+    np.testing.assert_array_equal(layer(inputs), shuffled(inputs[:, order]))
+    exact = inputs.astype(np.int64) @ weight.T.astype(np.int64) + 15_000
+    np.testing.assert_array_equal(layer(inputs), exact)
+    name = "stream.context.0.first.bias"
+    tensors = dict(tiny_weights.tensors)
+    tensors[name] = np.full_like(tensors[name], 1 << 24)
+    with pytest.raises(WeightsError, match="out of range"):
+        Weights(tiny_weights.config, tensors).check_stream()
 
 
 def test_a_stream_decodes_to_what_was_quantised(tiny_weights: Weights) -> None:

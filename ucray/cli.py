@@ -68,6 +68,9 @@ def train(
     untaught: Annotated[
         bool, typer.Option("--untaught", help="The student learns from the data alone, for comparison.")
     ] = False,
+    large: Annotated[
+        bool, typer.Option("--large", help="Larger analysis and teacher; takes a GPU to train.")
+    ] = False,
     workers: Workers = 1,
     gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
     storage: Annotated[str | None, typer.Option(help="Where checkpoints go; path or s3:// URL.")] = None,
@@ -95,6 +98,7 @@ def train(
             settings,
             also=also or (),
             init=init,
+            large=large,
             workers=workers,
             use_gpu=gpu,
             storage=storage,

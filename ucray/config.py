@@ -57,7 +57,7 @@ class CodecConfig(Settings):
     latent_stride: tuple[Step, Step, Step] = (2, 2, 2)
     code_stride: tuple[Step, Step, Step] = (4, 4, 4)
     groups: Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)] = (2, 4, 8, 18, 32, 64)
-    checkered: Annotated[int, Field(ge=0, le=16)] = 4
+    checkered: Annotated[int, Field(ge=0, le=16)] = 6
     context_width: Width = 48
     code_width: Width = 16
     code_stages: Annotated[int, Field(ge=1, le=8)] = 2
@@ -67,7 +67,7 @@ class CodecConfig(Settings):
         latent_width=96, latent_blocks=3, grid_width=32, grid_blocks=2, inr_width=8
     )
     student: SynthesisConfig = SynthesisConfig(
-        latent_width=64, latent_blocks=2, grid_width=16, grid_blocks=1, inr_width=4
+        latent_width=64, latent_blocks=2, grid_width=32, grid_blocks=1, inr_width=4
     )
 
     @property
@@ -114,7 +114,14 @@ SMALL_NETWORKS = {
 """Networks for small cells: there are several times as many of them, and each says less."""
 
 
-def config_for_voxels(voxel_size: tuple[float, float, float]) -> CodecConfig:
+LARGE_NETWORKS = {
+    "analysis": AnalysisConfig(grid_width=48, grid_blocks=2, latent_width=128, latent_blocks=3),
+    "teacher": SynthesisConfig(latent_width=192, latent_blocks=4, grid_width=64, grid_blocks=2, inr_width=16),
+}
+"""Analysis and teacher that take a GPU to train; the student, which decodes, stays as it is."""
+
+
+def config_for_voxels(voxel_size: tuple[float, float, float], *, large: bool = False) -> CodecConfig:
     """Choose levels and strides so that latents span about the same length on each axis.
 
     Parameters
@@ -122,6 +129,8 @@ def config_for_voxels(voxel_size: tuple[float, float, float]) -> CodecConfig:
     voxel_size
         Edge lengths of a voxel (z, y, x), in any one unit. An axis whose voxels are four times as
         long gets two halvings less: 50 x 4.6 x 4.6 nm gives levels (0, 2, 2), strides (1, 2, 2).
+    large
+        Give analysis and teacher LARGE_NETWORKS.
     """
     finest = min(voxel_size)
     halvings = [min(3, max(0, 3 - round(math.log2(size / finest)))) for size in voxel_size]
@@ -129,8 +138,8 @@ def config_for_voxels(voxel_size: tuple[float, float, float]) -> CodecConfig:
     strides = triple(2 ** (h - level) for h, level in zip(halvings, levels, strict=True))
     config = CodecConfig(levels=levels, latent_stride=strides)
     if math.prod(config.latent_cell) < SMALL_CELL:
-        return config.model_copy(update={"groups": SMALL_GROUPS, "checkered": 3} | SMALL_NETWORKS)
-    return config
+        config = config.model_copy(update={"groups": SMALL_GROUPS, "checkered": 3} | SMALL_NETWORKS)
+    return config.model_copy(update=LARGE_NETWORKS) if large else config
 
 
 def default_chunk(config: CodecConfig) -> Shape3:

@@ -57,13 +57,13 @@ class VolumeCodec:
         raw = sum(one.voxels.nbytes for one in self._searched)
 
         def size_at(quality: int) -> float:
-            return sum(encoder.size_at(one, quality) + CHUNK_OVERHEAD for one in self._searched)
+            return encoder.size_at(self._searched, quality) + CHUNK_OVERHEAD * len(self._searched)
 
         return finest_within(size_at, raw / ratio)
 
     @cached_property
     def _searched(self) -> list[Prepared]:
-        """The sample of the chunks, analysed once for all ratios."""
+        """The sample of the chunks."""
         picked = self._boxes[:: max(1, len(self._boxes) // SEARCHED)]
         return self._encoders[0].prepare([self._volume[box.slices] for box in picked])
 

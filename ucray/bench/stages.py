@@ -68,7 +68,7 @@ def measure_stages(
     x = torch.from_numpy(values.astype(np.float32)).to(place).contiguous(memory_format=torch.channels_last_3d)
 
     encoder = ChunkEncoder(weights, chunk_format)
-    latents = encoder.latents(voxels[:2])[0]
+    latents = encoder.latents(voxels[:2], quality)[0]
     stream = encoder.stream
     symbols, coded = stream.quantise(latents.codes, latents.values, quality)
     words, escapes = stream.encode(symbols)
@@ -85,7 +85,7 @@ def measure_stages(
     wavelet = on_device(lambda: analysis.wavelet(x))
     found = [
         ("wavelet", device, wavelet),
-        ("analysis", device, max(on_device(lambda: analysis(x)) - wavelet, 0.0)),
+        ("analysis", device, max(on_device(lambda: analysis(x, qualities)) - wavelet, 0.0)),
         ("context and rounding", "one core", _fastest(
             lambda: stream.quantise(latents.codes, latents.values, quality), place)),
         ("entropy coding", "one core", _fastest(lambda: stream.encode(symbols), place)),

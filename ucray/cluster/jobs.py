@@ -149,6 +149,7 @@ def train(
     *,
     also: Sequence[str] = (),
     init: str | None = None,
+    large: bool = False,
     workers: int = 1,
     use_gpu: bool = False,
     storage: str | None = None,
@@ -164,6 +165,8 @@ def train(
     folder.check_place()
     if folder.get(name) is not None:
         raise DestinationError(f"{destination} exists; give another name")
+    if large and init is not None:
+        raise SettingsError("--large sizes new networks; those of --init have their size")
     start = load_weights(init, connection.endpoint_url) if init is not None else None
     with ray_session():
         weights = train_on_ray(
@@ -171,6 +174,7 @@ def train(
             settings or TrainingConfig(),
             also=others,
             start=start,
+            large=large,
             chunk=chunk,
             region=None if roi is None else parse_box(roi, volume.shape),
             workers=workers,

@@ -197,9 +197,9 @@ def default_shard(shape: Shape3, chunk: Shape3) -> Shape3:
     return triple(min(SHARD_CHUNKS * c, n) for c, n in zip(chunk, covering, strict=True))
 
 
-def config_for(volume: Volume) -> CodecConfig:
+def config_for(volume: Volume, *, large: bool = False) -> CodecConfig:
     """The configuration that new weights for a volume get: levels follow its voxel size."""
-    return config_for_voxels(volume.space.scale)
+    return config_for_voxels(volume.space.scale, large=large)
 
 
 def sample_boxes(boxes: Sequence[Box], count: int) -> list[Box]:

@@ -63,7 +63,7 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
 
     def archive_bytes(quality: int) -> float:
         """Projected bytes of the whole archive, without weights."""
-        payload = sum(encoder.size_at(one, quality) for one in prepared)
+        payload = encoder.size_at(prepared, quality)
         per_chunk = plan.chunk_count * CHUNK_OVERHEAD + plan.shard_count * SHARD_OVERHEAD
         return payload * share + per_chunk + ARCHIVE_OVERHEAD
 

@@ -47,6 +47,7 @@ TILES_PER_WORKER = 8
 """Tiles a worker must have at least for a share of them to do."""
 
 CALIBRATION_BATCHES = 32
+SHOWN_STEPS = 4
 CHECKPOINT_STEPS = 200
 STATE_FILE = "trainer.safetensors"
 WEIGHTS_FILE = "weights.safetensors"
@@ -81,6 +82,7 @@ def train(
     *,
     also: Sequence[Volume] = (),
     start: Weights | None = None,
+    large: bool = False,
     chunk: Shape3 | None = None,
     region: Box | None = None,
     tiles: int = TILES,
@@ -98,6 +100,8 @@ def train(
     start
         Weights of another domain to start from; with `settings.teacher_steps` of zero their teacher
         teaches a student on this volume.
+    large
+        Train LARGE_NETWORKS, where `start` does not say which; for a GPU.
     chunk
         Voxels of a training crop; the volume's default chunk if None.
     region
@@ -114,7 +118,7 @@ def train(
     JobError
         If the workers failed more often than they are restarted.
     """
-    config = start.config if start is not None else config_for(volume)
+    config = start.config if start is not None else config_for(volume, large=large)
     chunk = chunk or default_chunk(config)
     region = region or Box((0, 0, 0), volume.shape)
     if any(c % s for c, s in zip(chunk, config.stride, strict=True)):
@@ -220,26 +224,32 @@ def _work(loop: dict[str, Any]) -> None:
         rank=rank,
     )
     # All workers start the linear parts from the same crops, whatever tiles they hold: rank 0's.
-    sampler = TileSampler(tiles, job.chunk, job.config, job.settings.seed * 4096 + rank)
+    sampler = TileSampler(tiles, job.chunk, job.config, job.settings.seed * 4096 + rank, device=str(device))
     trainer.start(_from_first(sampler.draw(START_TILES)))
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             trainer.from_bytes((Path(folder) / STATE_FILE).read_bytes())
         sampler = TileSampler(
-            tiles, job.chunk, job.config, hash((job.settings.seed, rank, trainer.step_number))
+            tiles,
+            job.chunk,
+            job.config,
+            hash((job.settings.seed, rank, trainer.step_number)),
+            device=str(device),
         )
-    figures: dict[str, float] = {}
+    latest: dict[str, float] = {}
     while trainer.step_number < trainer.total_steps:
         figures = trainer.step(sampler.draw(job.settings.batch))
-        if rank == 0:
-            loop["board"].show.remote(trainer.step_number, figures)
-        if trainer.step_number % CHECKPOINT_STEPS == 0 and trainer.step_number < trainer.total_steps:
-            _report({STATE_FILE: trainer.to_bytes()} if rank == 0 else {}, figures)
+        last = trainer.step_number == trainer.total_steps
+        if last or trainer.step_number % SHOWN_STEPS == 0:
+            latest = {name: float(value) for name, value in figures.items()}
+            loop["board"].show.remote(trainer.step_number, latest) if rank == 0 else None
+        if not last and trainer.step_number % CHECKPOINT_STEPS == 0:
+            _report({STATE_FILE: trainer.to_bytes()} if rank == 0 else {}, latest)
     files = {}
     if rank == 0:
         batches = [sampler.draw(job.settings.batch) for _ in range(CALIBRATION_BATCHES)]
         files[WEIGHTS_FILE] = trainer.finish(batches, job.record).to_bytes()
-    _report(files, figures)
+    _report(files, latest)
 
 
 def _tiles(number: int, lesson: Lesson) -> ray.data.Dataset:

@@ -28,14 +28,12 @@ class ResidualCodebook(nn.Module):
     entries: Tensor
     counts: Tensor
     sums: Tensor
-    started: Tensor
 
     def __init__(self, stages: int, codes: int, width: int) -> None:
         super().__init__()
         self.register_buffer("entries", torch.zeros(stages, codes, width))
         self.register_buffer("counts", torch.ones(stages, codes))
         self.register_buffer("sums", torch.zeros(stages, codes, width))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
     def quantise(self, vectors: Tensor) -> Tensor:
         """Nearest codes, stage by stage: vectors (n, width) to codes (n, stages), int64."""
@@ -53,28 +51,28 @@ class ResidualCodebook(nn.Module):
         move by moving averages over all workers of a distributed run, without a gradient.
         """
         with torch.no_grad():
-            if not bool(self.started):
-                self._start(_gathered(vectors.detach()), generator)
             codes = self.quantise(vectors)
             quantised = self.lookup(codes)
             self._follow(vectors.detach(), codes, generator)
         commitment = functional.mse_loss(vectors, quantised)
         return codes, vectors + (quantised - vectors).detach(), commitment
 
-    def _start(self, vectors: Tensor, generator: torch.Generator) -> None:
+    def start(self, vectors: Tensor, generator: torch.Generator) -> None:
+        """Start the entries from vectors (n, width)."""
         residual = vectors
         for stage, entries in enumerate(self.entries):
             picked = residual[_pick(len(residual), len(entries), generator)]
             self.entries[stage] = picked + 1e-3 * picked.std() * _normal(picked, generator)
             residual = residual - self.entries[stage][_nearest(residual, self.entries[stage])]
         self.sums.copy_(self.entries)
-        self.started.fill_(True)
 
     def _follow(self, vectors: Tensor, codes: Tensor, generator: torch.Generator) -> None:
         residual = vectors
         for stage in range(len(self.entries)):
             chosen = codes[:, stage]
-            count = torch.bincount(chosen, minlength=self.counts.shape[1]).to(residual.dtype)
+            # Not bincount: on a GPU it would wait for all that was asked before.
+            ones = torch.ones_like(chosen, dtype=residual.dtype)
+            count = torch.zeros_like(self.counts[stage]).index_add_(0, chosen, ones)
             total = torch.zeros_like(self.sums[stage]).index_add_(0, chosen, residual)
             pool = _gathered(residual)
             if distributed.is_available() and distributed.is_initialized():
@@ -87,8 +85,8 @@ class ResidualCodebook(nn.Module):
             )
             dead = self.counts[stage] < DEAD_SHARE
             fresh = pool[_pick(len(pool), len(dead), generator)]
-            self.sums[stage][dead] = fresh[dead]
-            self.counts[stage][dead] = 1.0
+            self.sums[stage] = torch.where(dead[:, None], fresh, self.sums[stage])
+            self.counts[stage].masked_fill_(dead, 1.0)
             before = self.entries[stage][chosen]
             self.entries[stage] = self.sums[stage] / self.counts[stage][:, None]
             residual = residual - before
@@ -116,11 +114,11 @@ def _nearest(vectors: Tensor, entries: Tensor) -> Tensor:
 
 
 def _pick(available: int, wanted: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(available, (wanted,), generator=generator)
+    return torch.randint(available, (wanted,), generator=generator, device=generator.device)
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
 
 
 def _gathered(vectors: Tensor) -> Tensor:

@@ -18,10 +18,9 @@ KNOTS = 9
 def at_quality(table: Tensor, quality: Tensor) -> Tensor:
     """Rows (batch, width) of a table (KNOTS, width) at qualities (batch,) from 0 to QUALITIES - 1."""
     place = quality.clamp(0, QUALITIES - 1) * ((KNOTS - 1) / (QUALITIES - 1))
-    lower = place.floor().clamp(max=KNOTS - 2)
-    share = (place - lower)[:, None]
-    below = lower.long()
-    return table[below] * (1 - share) + table[below + 1] * share
+    knots = torch.arange(KNOTS, device=table.device)
+    share = (1.0 - (place[:, None] - knots).abs()).clamp_min(0.0)
+    return (share[:, :, None] * table).sum(dim=1)
 
 
 class QualityAffine(nn.Module):

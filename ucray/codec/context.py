@@ -1,10 +1,11 @@
 """The context model in whole numbers: mean and table of every latent, from what is coded already.
 
-A context network sees, at its cell and the six beside it, the latents coded so far; and the
-codebook's vector and the quality. Every number in it is whole and every sum stays below 2^53, so
-float64 computes it exactly, in any order of summation: a stream written on one machine parses on
-every other, with the speed of a matrix product. `ucray.codec.prior` trains the same network in
-floats. This module imports no torch; FORMAT.md is its law.
+A context network sees the latents coded so far, at its cell and the six beside it; the roots of
+their sizes at its cell; and the codebook's vector and the quality. Every number in it is whole, and
+every sum stays below 2^24 in the first layer, the largest, and below 2^53 in the others: so float32 and
+float64 compute them exactly, in any order of summation, and a stream written on one machine parses on
+every other, with the speed of a matrix product.
+`ucray.codec.prior` trains the same network in floats. This module imports no torch; FORMAT.md is its law.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ NEIGHBOURS = ((0, 0, 0), (-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1
 QUALITY_FEATURES = 2
 """The quality's share of its range, and its square."""
 
-FEATURE_UNITS = 64
+FEATURE_UNITS = 32
 """Units of a network's inputs: of a latent's standard deviation, or of a codebook vector's one."""
 
 HIDDEN_UNITS = 256
 """Units of what a layer gives."""
 
-LARGEST_FEATURE = 1 << 12
+LARGEST_FEATURE = (1 << 9) - 1
+LARGEST_FIRST_SUM = 1 << 24
+"""Bound on a first layer's sums, which float32 holds exactly."""
+
 LARGEST_HIDDEN = 1 << 16
 LARGEST_OUTPUT = 1 << 14
 LARGEST_LATENT = 1 << 30
@@ -51,9 +55,16 @@ TABLE_OCTAVES = (-4.5, 6.0)
 
 TABLES = int((TABLE_OCTAVES[1] - TABLE_OCTAVES[0]) * SCALE_UNITS / TABLE_UNITS) + 1
 
+
+def context_inputs(code_width: int, known: int) -> int:
+    """Inputs of the network of a pass with `known` channels in its context."""
+    return code_width + QUALITY_FEATURES + (len(NEIGHBOURS) + 1) * known
+
+
 Codes = npt.NDArray[np.uint8]
 Tables = npt.NDArray[np.uint8]
 Whole = npt.NDArray[np.int64]
+Inputs = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
 
@@ -91,23 +102,34 @@ def coding_passes(groups: Sequence[int], checkered: int) -> tuple[Pass, ...]:
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer: weight int16 (outputs, inputs), bias int32 (outputs,), in units of 2**-shift."""
+    """A linear layer: weight (outputs, inputs), bias int32 (outputs,), in units of 2**-shift.
 
-    weight: npt.NDArray[np.int16]
+    Weights are int8 in a network's first layer, the largest, and int16 in the others.
+    """
+
+    weight: npt.NDArray[np.int8] | npt.NDArray[np.int16]
     bias: npt.NDArray[np.int32]
     shift: int
 
     @cached_property
-    def _matrix(self) -> Floats:
-        return np.ascontiguousarray(self.weight.T.astype(np.float64))
+    def _matrix(self) -> Inputs | Floats:
+        dtype = np.float32 if self.weight.dtype == np.int8 else np.float64
+        return np.ascontiguousarray(self.weight.T.astype(dtype))
 
-    def __call__(self, *inputs: Floats, gain: int = 1) -> Floats:
+    @property
+    def largest_sum(self) -> int:
+        """Bound on the sums of a first layer."""
+        rows = np.abs(self.weight.astype(np.int64)).sum(axis=1) * LARGEST_FEATURE
+        return int((rows + np.abs(self.bias.astype(np.int64))).max())
+
+    def __call__(self, *inputs: Inputs | Floats, gain: int = 1) -> Floats:
         """Whole outputs (cells, outputs) of whole inputs side by side; `gain` changes their units."""
         width = inputs[0].shape[1]
-        sums = inputs[0] @ self._matrix[:width]
+        products = inputs[0] @ self._matrix[:width]
         for part in inputs[1:]:
-            sums += part @ self._matrix[width : width + part.shape[1]]
+            products += part @ self._matrix[width : width + part.shape[1]]
             width += part.shape[1]
+        sums = products.astype(np.float64, copy=False)
         sums += self.bias
         sums *= gain * 0.5**self.shift
         sums += 0.5
@@ -192,10 +214,13 @@ class Walk:
         share = [
             (2 * FEATURE_UNITS * quality**n + (top := (QUALITIES - 1) ** n)) // (2 * top) for n in (1, 2)
         ]
-        shares = np.broadcast_to(np.array(share, dtype=np.float64), (side[..., 0].size, QUALITY_FEATURES))
-        self._common = np.concatenate([side.reshape(len(shares), -1), shares], axis=1)
+        shares = np.broadcast_to(np.array(share), (side[..., 0].size, QUALITY_FEATURES))
+        common = np.concatenate([side.reshape(len(shares), -1), shares], axis=1)
+        self._common = np.clip(common, -LARGEST_FEATURE, LARGEST_FEATURE).astype(np.float32)
         self._geometry = _Geometry.of(shape)
-        self._features = np.zeros((self._geometry.padded, 2 * model.latents))
+        # On the grid with a border: a latent's value, and the root of its size.
+        self._values = np.zeros((self._geometry.padded, model.latents), dtype=np.float32)
+        self._roots = np.zeros((self._geometry.padded, model.latents), dtype=np.float32)
 
     def rows(self, part: Pass, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Of latents (z, y, x, latents) those of one pass: (cells, channels)."""
@@ -209,8 +234,9 @@ class Walk:
         geometry = self._geometry
         inputs = [self._common if part.colour is None else self._common[geometry.cells[part.colour]]]
         if part.known:
-            around = self._features[:, : 2 * part.known][geometry.around[part.colour]]
+            around = self._values[:, : part.known][geometry.around[part.colour]]
             inputs.append(around.reshape(len(around), -1))
+            inputs.append(self._roots[:, : part.known][geometry.places[part.colour]])
         hidden = np.clip(first(*inputs, gain=HIDDEN_UNITS // FEATURE_UNITS), 0, LARGEST_HIDDEN)
         hidden = np.clip(middle(hidden), 0, LARGEST_HIDDEN)
         output = np.clip(last(hidden), -LARGEST_OUTPUT, LARGEST_OUTPUT).astype(np.int64)
@@ -231,9 +257,9 @@ class Walk:
         self.latents.reshape(-1, model.latents)[self._geometry.cells[part.colour], here] = values
         inner = (values * model.inward[here] + (1 << WIDE - 1)) >> WIDE
         inner = np.clip(inner, -LARGEST_FEATURE, LARGEST_FEATURE)
-        roots = np.floor(np.sqrt(np.abs(inner) * float(FEATURE_UNITS)) + 0.5)
-        features = np.stack([inner, roots], axis=-1).reshape(len(inner), -1)
-        self._features[self._geometry.places[part.colour], 2 * part.first : 2 * part.last] = features
+        places = self._geometry.places[part.colour]
+        self._values[places, here] = inner
+        self._roots[places, here] = np.floor(np.sqrt(np.abs(inner) * float(FEATURE_UNITS)) + 0.5)
 
     def leave_out(self, part: Pass) -> None:
         """Take back the last pass that was put: its latents are zero."""

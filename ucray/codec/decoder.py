@@ -28,11 +28,11 @@ Item = TypeVar("Item")
 GROUP = 8
 """Chunks that are parsed before any of them is rebuilt; a bound on memory."""
 
-PAIR = 2
-"""Chunks that go through the networks together, always as many: a lone one is doubled.
+GPU_BATCH = 16
+"""Chunks that go through the networks together on a GPU, always as many: a short batch is filled up.
 
-PyTorch convolves a batch of one on a CPU by a path that is five times slower and rounds differently.
-With one fixed batch the result for a chunk depends on nothing but the chunk.
+Which kernels a GPU's libraries choose depends on the batch, and with them the rounding. On a CPU chunks
+go through one by one.
 """
 
 
@@ -74,7 +74,7 @@ class ChunkDecoder:
     def decode_many(
         self, data: Sequence[bytes], origins: Sequence[Shape3 | None] | None = None
     ) -> list[Voxels]:
-        """Voxels of several chunks, of which the networks take two at a time; as `decode` otherwise."""
+        """Voxels of several chunks; as `decode` otherwise."""
         places = origins if origins is not None else [None] * len(data)
         wanted = list(zip(data, places, strict=True))
         return [
@@ -142,10 +142,9 @@ class ChunkDecoder:
 
     def reconstruct(self, coded: Sequence[CodedLatents]) -> list[Voxels]:
         """The networks' half of decoding: integers to voxels, before fill is put back."""
-        return [voxels for pair in pairs(coded) for voxels in self._reconstruct_pair(pair)]
+        return [voxels for batch in batches(coded, self._device) for voxels in self._reconstructed(*batch)]
 
-    def _reconstruct_pair(self, pair: Sequence[CodedLatents]) -> list[Voxels]:
-        full = doubled(pair)
+    def _reconstructed(self, full: Sequence[CodedLatents], wanted: int) -> list[Voxels]:
         context = self._stream.context
         y_hat = np.stack([one.latents.astype(np.float32) for one in full]) * context.unit
         prior = np.stack([context.vectors(one.codes).astype(np.float32) for one in full]) / FEATURE_UNITS
@@ -155,7 +154,7 @@ class ChunkDecoder:
             side = torch.from_numpy(prior.astype(np.float32)).to(self._device).permute(0, 4, 1, 2, 3)
             x_hat = self._synthesis(latents, side, quality)
             values = (x_hat[:, 0] * self.format.scale + self.format.offset).cpu().numpy()
-        return [_to_dtype(one, self.format.dtype) for one in values[: len(pair)]]
+        return [_to_dtype(one, self.format.dtype) for one in values[:wanted]]
 
     @property
     def _code_grid(self) -> Shape3:
@@ -169,15 +168,12 @@ def device_for(name: str) -> str:
     return name
 
 
-def pairs(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    """Groups of PAIR; the last may be shorter."""
-    for start in range(0, len(items), PAIR):
-        yield items[start : start + PAIR]
-
-
-def doubled(pair: Sequence[Item]) -> list[Item]:
-    """PAIR items: a lone one stands twice."""
-    return [pair[min(place, len(pair) - 1)] for place in range(PAIR)]
+def batches(items: Sequence[Item], device: torch.device) -> Iterator[tuple[Sequence[Item], int]]:
+    """Batches for the networks on a device, and how many of each are wanted: the rest fills up the last."""
+    size = GPU_BATCH if device.type == "cuda" else 1
+    for start in range(0, len(items), size):
+        batch = items[start : start + size]
+        yield [*batch, *[batch[-1]] * (size - len(batch))], len(batch)
 
 
 def _to_dtype(values: npt.NDArray[np.float32], dtype: str) -> Voxels:

@@ -19,7 +19,7 @@ from ucray.codec.bitstream import BoundedBody, Chunk, Kind, NeuralBody, write_ch
 from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.codebook import quantise_codes
 from ucray.codec.context import FEATURE_UNITS, LARGEST_LATENT, Codes
-from ucray.codec.decoder import ChunkDecoder, channels_last, doubled, pairs, ready
+from ucray.codec.decoder import ChunkDecoder, batches, channels_last, ready
 from ucray.codec.fill import fill_mask, inpaint, keep_off_fill, pack_mask
 from ucray.codec.network import Analysis, load_network
 from ucray.codec.residual import Residual, apply_residual, encode_residual, residual_of
@@ -52,7 +52,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Latents:
-    """What the networks say of one chunk, before any quality is chosen.
+    """What the networks say of one chunk at one quality.
 
     `codes` uint8 (stages, z, y, x); `values` float32 (z, y, x, latents), in units of whole latents.
     """
@@ -63,14 +63,14 @@ class Latents:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A chunk after the analysis: all that does not depend on the quality.
+    """A chunk before any quality is chosen.
 
-    `draft` is None where there is nothing but fill; `latents` are None where no network is needed.
+    `draft` is None where there is nothing but fill; `neural` says whether the networks are needed.
     """
 
     voxels: Voxels
     draft: Draft | None
-    latents: Latents | None
+    neural: bool
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,16 @@ class ChunkEncoder:
         load_network(weights, "analysis", self._analysis)
         self._analysis = ready(self._analysis, self._device)
 
-    def latents(self, chunks: Sequence[Voxels]) -> list[Latents]:
+    def latents(self, chunks: Sequence[Voxels], quality: int) -> list[Latents]:
         """Run the analysis on chunks (z, y, x), cut off by the volume's end or not."""
-        return [latents for pair in pairs(chunks) for latents in self._latents_pair(pair)]
+        return [
+            latents
+            for batch in batches(chunks, self._device)
+            for latents in self._latents_of(*batch, quality=quality)
+        ]
 
-    def _latents_pair(self, pair: Sequence[Voxels]) -> list[Latents]:
-        padded = np.stack([self._padded(voxels) for voxels in doubled(pair)])[:, None]
+    def _latents_of(self, full: Sequence[Voxels], wanted: int, *, quality: int) -> list[Latents]:
+        padded = np.stack([self._padded(voxels) for voxels in full])[:, None]
         mask = torch.from_numpy(fill_mask(padded, self.format.fill_value))
         # What overflows here comes out of the networks as no number, and `drafts` codes it raw.
         with np.errstate(over="ignore"):
@@ -119,10 +123,11 @@ class ChunkEncoder:
             values /= np.float32(self.format.scale)
         with torch.inference_mode():
             x = inpaint(torch.from_numpy(values).to(self._device), mask.to(self._device))
-            y, z = self._analysis(channels_last(x))
+            qualities = torch.full((len(x),), float(quality), device=self._device)
+            y, z = self._analysis(channels_last(x), qualities)
             codes = quantise_codes(self._codebook, z).to(torch.uint8).cpu().numpy()
         values = y.permute(0, 2, 3, 4, 1).cpu().numpy() / self.stream.context.unit
-        return [Latents(*found) for found in list(zip(codes, values, strict=True))[: len(pair)]]
+        return [Latents(*found) for found in list(zip(codes, values, strict=True))[:wanted]]
 
     def drafts(
         self, chunks: Sequence[Voxels], quality: int, origins: Sequence[Shape3 | None] | None = None
@@ -133,36 +138,40 @@ class ChunkEncoder:
     def prepare(
         self, chunks: Sequence[Voxels], origins: Sequence[Shape3 | None] | None = None
     ) -> list[Prepared]:
-        """Run the analysis on chunks (z, y, x)."""
+        """Find out of chunks (z, y, x) what no quality changes."""
         places = origins if origins is not None else [None] * len(chunks)
         drafts = [self._exact_draft(voxels, place) for voxels, place in zip(chunks, places, strict=True)]
-        neural = [i for i, draft in enumerate(drafts) if draft is not None and self._fits(draft, chunks[i])]
-        latents = dict(zip(neural, self.latents([chunks[i] for i in neural]), strict=True))
         return [
-            Prepared(voxels, draft, latents.get(i))
-            for i, (voxels, draft) in enumerate(zip(chunks, drafts, strict=True))
+            Prepared(voxels, draft, draft is not None and self._fits(draft, voxels))
+            for voxels, draft in zip(chunks, drafts, strict=True)
         ]
 
     def drafts_at(self, prepared: Sequence[Prepared], quality: int) -> list[Draft | None]:
         """Drafts of prepared chunks at a quality, with their errors."""
         found = [one.draft for one in prepared]
-        neural = [i for i, one in enumerate(prepared) if one.latents is not None]
-        coded = [self._quantised(prepared[i], quality) for i in neural]
+        neural = [i for i, one in enumerate(prepared) if one.neural]
+        latents = self.latents([prepared[i].voxels for i in neural], quality)
+        finite = {i: bool(np.isfinite(one.values).all()) for i, one in zip(neural, latents, strict=True)}
+        coded = [self._quantised(one, quality) for one in latents]
         if self._reference is not None:
             for i, (symbols, quantised) in zip(neural, coded, strict=True):
-                found[i] = self._bounded_draft(prepared[i], symbols, quantised)
+                found[i] = self._bounded_draft(prepared[i], finite[i], symbols, quantised)
             return found
         decoded = self.decoder.reconstruct([one for _, one in coded])
         for i, (symbols, _), voxels in zip(neural, coded, decoded, strict=True):
-            found[i] = self._neural_draft(prepared[i], symbols, voxels)
+            found[i] = self._neural_draft(prepared[i], finite[i], symbols, voxels)
         return found
 
-    def size_at(self, prepared: Prepared, quality: int) -> int:
-        """Bytes that a prepared chunk takes at a quality, without decoding it."""
-        draft = prepared.draft
-        if draft is not None and prepared.latents is not None:
-            draft = replace(draft, symbols=self._quantised(prepared, quality)[0])
-        return len(self.pack(draft).data)
+    def size_at(self, prepared: Sequence[Prepared], quality: int) -> int:
+        """Bytes that prepared chunks take at a quality, without decoding them."""
+        latents = iter(self.latents([one.voxels for one in prepared if one.neural], quality))
+        size = 0
+        for one in prepared:
+            draft = one.draft
+            if draft is not None and one.neural:
+                draft = replace(draft, symbols=self._quantised(next(latents), quality)[0])
+            size += len(self.pack(draft).data)
+        return size
 
     def pack(self, draft: Draft | None) -> Packed:
         """Second half of encoding."""
@@ -188,27 +197,27 @@ class ChunkEncoder:
             or np.isfinite(voxels[~fill_mask(voxels, self.format.fill_value)]).all()
         )
 
-    def _neural_draft(self, prepared: Prepared, symbols: Symbols, decoded: Voxels) -> Draft:
+    def _neural_draft(self, prepared: Prepared, finite: bool, symbols: Symbols, decoded: Voxels) -> Draft:
         draft, voxels = prepared.draft, prepared.voxels
         assert draft is not None
-        assert prepared.latents is not None
         mask = fill_mask(voxels, self.format.fill_value)
         inside = Box((0, 0, 0), triple(iter(voxels.shape))).slices
         error = ErrorSum.between(voxels, keep_off_fill(decoded[inside], mask, self.format.fill_value))
-        if not (np.isfinite(prepared.latents.values).all() and math.isfinite(error.squared)):
+        if not (finite and math.isfinite(error.squared)):
             return replace(draft, mask=b"")
         # At worst a letter takes 24 bits, an escape 3 bytes more: a raw form longer than that cannot win.
         keep_raw = len(draft.raw) < 6 * len(symbols) + 3 * symbols.codes.size + 16
         return replace(draft, raw=draft.raw if keep_raw else b"", symbols=symbols, error=error)
 
-    def _bounded_draft(self, prepared: Prepared, symbols: Symbols, coded: CodedLatents) -> Draft:
+    def _bounded_draft(
+        self, prepared: Prepared, finite: bool, symbols: Symbols, coded: CodedLatents
+    ) -> Draft:
         draft, voxels = prepared.draft, prepared.voxels
         assert draft is not None
-        assert prepared.latents is not None
         assert self._reference is not None
         assert self._max_error is not None
         floating = np.issubdtype(np.dtype(self.format.dtype), np.floating)
-        if not np.isfinite(prepared.latents.values).all() or (floating and self._max_error == 0.0):
+        if not finite or (floating and self._max_error == 0.0):
             return replace(draft, mask=b"")
         inside = Box((0, 0, 0), triple(iter(voxels.shape))).slices
         mask = fill_mask(voxels, self.format.fill_value)
@@ -223,11 +232,10 @@ class ChunkEncoder:
             return replace(draft, mask=b"")
         return replace(draft, symbols=symbols, residual=residual, error=error)
 
-    def _quantised(self, prepared: Prepared, quality: int) -> tuple[Symbols, CodedLatents]:
-        assert prepared.latents is not None
+    def _quantised(self, latents: Latents, quality: int) -> tuple[Symbols, CodedLatents]:
         # Values that are no numbers never leave: their draft is raw.
-        values = np.nan_to_num(prepared.latents.values, posinf=LARGEST_LATENT, neginf=-LARGEST_LATENT)
-        return self.stream.quantise(prepared.latents.codes, values, quality)
+        values = np.nan_to_num(latents.values, posinf=LARGEST_LATENT, neginf=-LARGEST_LATENT)
+        return self.stream.quantise(latents.codes, values, quality)
 
     def encode(self, voxels: Voxels, quality: int, origin: Shape3 | None = None) -> Packed:
         """Both halves of encoding one chunk."""

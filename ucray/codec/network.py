@@ -18,12 +18,14 @@ codec instead of from noise.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ucray.codec.conditioning import QualityAffine
+from ucray.codec.convolution import Convolution
 from ucray.codec.inr import CoordinateNetwork, cell_coordinates
 from ucray.codec.wavelet import WaveletPacket, cells_to_volume
 from ucray.codec.weights import Weights
@@ -33,36 +35,26 @@ from ucray.grid import Shape3, triple
 
 
 class ResidualBlock(nn.Module):
-    """x plus a spatial convolution, GELU, and a pointwise convolution."""
+    """x plus a convolution, scaled and shifted by the quality, GELU, and a pointwise convolution."""
 
     def __init__(self, width: int, kernel: Shape3) -> None:
         super().__init__()
-        self.spatial = nn.Conv3d(width, width, kernel, padding=triple(k // 2 for k in kernel))
-        self.pointwise = nn.Conv3d(width, width, 1)
+        self.spatial = Convolution(width, width, kernel, padding=triple(k // 2 for k in kernel))
+        self.affine = QualityAffine(width)
+        self.pointwise = Convolution(width, width, 1)
         with torch.no_grad():
             self.pointwise.weight.mul_(0.2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.as_tensor(self.pointwise(functional.gelu(self.spatial(x))))
-
-
-class QualityBlock(ResidualBlock):
-    """A residual block whose convolution is scaled and shifted by the quality."""
-
-    def __init__(self, width: int, kernel: Shape3) -> None:
-        super().__init__(width, kernel)
-        self.affine = QualityAffine(width)
-
-    def forward(self, x: Tensor, quality: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
         hidden = functional.gelu(self.affine(self.spatial(x), quality))
         return x + torch.as_tensor(self.pointwise(hidden))
 
 
-class QualityBlocks(nn.ModuleList):
+class ResidualBlocks(nn.ModuleList):
     """Residual blocks one after another, each told the quality."""
 
     def __init__(self, width: int, kernel: Shape3, blocks: int) -> None:
-        super().__init__(QualityBlock(width, kernel) for _ in range(blocks))
+        super().__init__(ResidualBlock(width, kernel) for _ in range(blocks))
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
         """Features (batch, width, ...) at qualities (batch,)."""
@@ -82,30 +74,39 @@ class Analysis(nn.Module):
         sizes = config.analysis
         stride = config.latent_stride
         self.wavelet = WaveletPacket(config.wavelet, config.levels)
-        self.linear = nn.Conv3d(config.subbands, config.latents, stride, stride=stride, bias=False)
-        self.enter = nn.Conv3d(config.subbands, sizes.grid_width, 1)
-        self.grid = nn.Sequential(
-            *(ResidualBlock(sizes.grid_width, config.grid_kernel) for _ in range(sizes.grid_blocks))
-        )
-        self.down = nn.Conv3d(sizes.grid_width, sizes.latent_width, stride, stride=stride)
-        self.latent = nn.Sequential(
-            *(ResidualBlock(sizes.latent_width, (3, 3, 3)) for _ in range(sizes.latent_blocks))
-        )
-        self.correct = nn.Conv3d(sizes.latent_width, config.latents, 1)
+        self.linear = Convolution(config.subbands, config.latents, stride, stride=stride, bias=False)
+        self.enter = Convolution(config.subbands, sizes.grid_width, 1)
+        self.entered = QualityAffine(sizes.grid_width)
+        self.grid = ResidualBlocks(sizes.grid_width, config.grid_kernel, sizes.grid_blocks)
+        self.down = Convolution(sizes.grid_width, sizes.latent_width, stride, stride=stride)
+        self.latent = ResidualBlocks(sizes.latent_width, (3, 3, 3), sizes.latent_blocks)
+        self.finished = QualityAffine(sizes.latent_width)
+        self.correct = Convolution(sizes.latent_width, config.latents, 1)
         _zero(self.correct)
-        self.side = nn.Conv3d(
+        self.side = Convolution(
             sizes.latent_width, config.code_width, config.code_stride, stride=config.code_stride
         )
         self.register_buffer("subband_scale", torch.ones(config.subbands))
         self.register_buffer("latent_scale", torch.ones(config.latents))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents y (batch, latents, ...) on the latent grid and z (batch, code_width, ...)."""
-        subbands = self.wavelet(x)
-        features = functional.gelu(self.enter(subbands / _channels(self.subband_scale)))
-        features = self.latent(functional.gelu(self.down(self.grid(features))))
-        y = self.linear(subbands) + self.correct(features) * _channels(self.latent_scale)
-        return y, self.side(features)
+    def forward(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents y (batch, latents, ...) on the latent grid and z (batch, code_width, ...).
+
+        Parameters
+        ----------
+        x
+            Normalised chunks (batch, 1, z, y, x).
+        quality
+            Qualities (batch,) from 0 to QUALITIES - 1 that the latents will be rounded for.
+        """
+        with in_float32(x):
+            subbands = self.wavelet(x)
+            y = self.linear(subbands)
+        features = self.entered(self.enter(subbands / _channels(self.subband_scale)), quality)
+        features = self.grid(functional.gelu(features), quality)
+        features = self.finished(self.latent(functional.gelu(self.down(features)), quality), quality)
+        y = y + self.correct(features).float() * _channels(self.latent_scale)
+        return y, self.side(features).float()
 
 
 class Synthesis(nn.Module):
@@ -122,16 +123,16 @@ class Synthesis(nn.Module):
         self.code_stride = config.code_stride
         self.wavelet = WaveletPacket(config.wavelet, config.levels)
         self.linear = nn.ConvTranspose3d(config.latents, config.subbands, stride, stride=stride, bias=False)
-        self.enter = nn.Conv3d(config.latents + config.code_width, sizes.latent_width, 1)
+        self.enter = Convolution(config.latents + config.code_width, sizes.latent_width, 1)
         self.entered = QualityAffine(sizes.latent_width)
-        self.latent = QualityBlocks(sizes.latent_width, (3, 3, 3), sizes.latent_blocks)
+        self.latent = ResidualBlocks(sizes.latent_width, (3, 3, 3), sizes.latent_blocks)
         self.up = nn.ConvTranspose3d(sizes.latent_width, sizes.grid_width, stride, stride=stride)
-        self.grid = QualityBlocks(sizes.grid_width, config.grid_kernel, sizes.grid_blocks)
+        self.grid = ResidualBlocks(sizes.grid_width, config.grid_kernel, sizes.grid_blocks)
         self.rescaled = QualityAffine(config.latents)
         self.finished = QualityAffine(sizes.grid_width)
-        self.correct = nn.Conv3d(sizes.grid_width, config.subbands, 1)
+        self.correct = Convolution(sizes.grid_width, config.subbands, 1)
         _zero(self.correct)
-        self.feature = nn.Conv3d(sizes.grid_width, sizes.inr_width, 1)
+        self.feature = Convolution(sizes.grid_width, sizes.inr_width, 1)
         self.inr = CoordinateNetwork(sizes.inr_width)
         self.register_buffer("subband_scale", torch.ones(config.subbands))
         self.register_buffer("latent_scale", torch.ones(config.latents))
@@ -162,13 +163,14 @@ class Synthesis(nn.Module):
 
     def decode(self, y_hat: Tensor, features: Tensor, quality: Tensor) -> Tensor:
         """Chunks from latents (the linear part) and features (its correction)."""
-        y_hat = self.rescaled(y_hat, quality)
         cells = features.permute(0, 2, 3, 4, 1).contiguous()
-        detail = self.inr(functional.linear(cells, *_pointwise(self.feature)), self.coordinates)
-        if self.wavelet.blockwise:
-            return self._decode_blocks(y_hat, cells, detail)
-        subbands = self.linear(y_hat) + self.correct(features) * _channels(self.subband_scale)
-        return self.wavelet.inverse(subbands) + cells_to_volume(detail, self.cell)
+        detail = self.inr(functional.linear(cells, *_pointwise(self.feature)), self.coordinates).float()
+        with in_float32(features):
+            y_hat = self.rescaled(y_hat, quality)
+            if self.wavelet.blockwise:
+                return self._decode_blocks(y_hat, cells.float(), detail)
+            subbands = self.linear(y_hat) + self.correct(features.float()) * _channels(self.subband_scale)
+            return self.wavelet.inverse(subbands) + cells_to_volume(detail, self.cell)
 
     def _decode_blocks(self, y_hat: Tensor, cells: Tensor, detail: Tensor) -> Tensor:
         """Both linear layers joined with the inverse wavelet: a matrix product each, straight to voxels."""
@@ -215,12 +217,17 @@ def parameter_count(module: nn.Module) -> int:
     return sum(math.prod(parameter.shape) for parameter in module.parameters())
 
 
-def _zero(layer: nn.Conv3d) -> None:
+def in_float32(x: Tensor) -> AbstractContextManager[None]:
+    """Where networks run in fewer bits, what is linear still does not: latents need all of theirs."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _zero(layer: Convolution) -> None:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
-def _pointwise(layer: nn.Conv3d) -> tuple[Tensor, Tensor]:
+def _pointwise(layer: Convolution) -> tuple[Tensor, Tensor]:
     """Weight (outputs, inputs) and bias of a convolution of one cell."""
     assert layer.bias is not None
     return layer.weight.flatten(1), layer.bias

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +24,20 @@ from ucray.codec.conditioning import KNOTS, at_quality
 from ucray.codec.context import (
     FEATURE_UNITS,
     HIDDEN_UNITS,
+    LARGEST_FEATURE,
+    LARGEST_FIRST_SUM,
     NEIGHBOURS,
-    QUALITY_FEATURES,
     SCALE_UNITS,
     TABLE_OCTAVES,
     ContextModel,
     Layer,
     coding_passes,
+    context_inputs,
 )
 from ucray.codec.rate import LARGEST_THRESHOLD, SLOPE
 from ucray.config import QUALITIES, CodecConfig
+
+Quality = TypeVar("Quality", float, Tensor)
 
 COARSEST_LAMBDA = 24.0
 FINEST_LAMBDA = 0.003
@@ -46,14 +50,18 @@ STEP_UNITS = 64
 LARGEST_SHIFT = 16
 """Bits behind the point of a context network's weights, at most: a bias then fits 32 bits."""
 
-LARGEST_WEIGHT = 2047.0
-"""Whole weights of a context network, at most: twelve bits, for every archive holds them."""
+FIRST_LARGEST, LARGEST_WEIGHT = 127.0, 2047.0
+"""Whole weights of a context network's first and later layers, at most: every archive holds them."""
+
+FIRST_SUM = 0.98 * LARGEST_FIRST_SUM
+"""What is left of a first layer's largest sum once its numbers are rounded."""
 
 
-def lambda_of(quality: float) -> float:
-    """Weight of rate against distortion at a quality from 0 (coarsest) to QUALITIES - 1."""
+def lambda_of(quality: Quality) -> Quality:
+    """Weight of rate against distortion at a quality, or qualities, from 0 (coarsest) to QUALITIES - 1."""
     share = quality / (QUALITIES - 1)
-    return float(COARSEST_LAMBDA * (FINEST_LAMBDA / COARSEST_LAMBDA) ** share)
+    found: Quality = COARSEST_LAMBDA * (FINEST_LAMBDA / COARSEST_LAMBDA) ** share
+    return found
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,7 @@ class ContextPrior(nn.Module):
         self._config = config
         self.passes = coding_passes(config.groups, config.checkered)
         self.networks = nn.ModuleList(
-            _network(config.code_width + QUALITY_FEATURES + 2 * len(NEIGHBOURS) * part.known,
-                     config.context_width, 2 * part.channels)
+            _network(context_inputs(config.code_width, part.known), config.context_width, 2 * part.channels)
             for part in self.passes
         )  # fmt: skip
         self.base = nn.Parameter(torch.zeros(config.latents))
@@ -153,7 +160,10 @@ class ContextPrior(nn.Module):
         decoded: list[Tensor] = []
         bits = torch.zeros(len(y), device=y.device)
         for part, network in zip(self.passes, self.networks, strict=True):
-            inputs = [common, *_neighbours(torch.cat(known, dim=-1))] if known else [common]
+            inputs = [common]
+            if known:
+                seen = torch.cat(known, dim=-1)
+                inputs += [*_neighbours(seen), seen.abs().sqrt()]
             output = network(torch.cat(inputs, dim=-1))
             here = slice(part.first, part.last)
             deviation = self.deviation[here]
@@ -172,7 +182,7 @@ class ContextPrior(nn.Module):
                 found = found + decoded.pop()
                 known.pop()
             decoded.append(found)
-            known.append(_features(found.detach() / deviation))
+            known.append(found.detach() / deviation)
         return Coding(torch.cat(decoded, dim=-1).permute(0, 4, 1, 2, 3), bits)
 
 
@@ -182,15 +192,10 @@ def checkerboard(shape: Sequence[int], device: torch.device) -> Tensor:
     return (z[:, None, None] + y[:, None] + x) % 2 == 1
 
 
-def _features(values: Tensor) -> Tensor:
-    """Value and root of its size, side by side for each channel: (..., 2 * channels)."""
-    return torch.stack([values, values.abs().sqrt()], dim=-1).flatten(-2)
-
-
-def _neighbours(features: Tensor) -> Iterator[Tensor]:
-    """Features at each of NEIGHBOURS, zero beyond the chunk: each like `features` (b, z, y, x, c)."""
-    padded = functional.pad(features, (0, 0, 1, 1, 1, 1, 1, 1))
-    z, y, x = features.shape[1:4]
+def _neighbours(values: Tensor) -> Iterator[Tensor]:
+    """Values at each of NEIGHBOURS, zero beyond the chunk: each like `values` (b, z, y, x, c)."""
+    padded = functional.pad(values, (0, 0, 1, 1, 1, 1, 1, 1))
+    z, y, x = values.shape[1:4]
     for a, b, c in NEIGHBOURS:
         yield padded[:, 1 + a : 1 + a + z, 1 + b : 1 + b + y, 1 + c : 1 + c + x]
 
@@ -243,11 +248,15 @@ def _whole_network(network: nn.Module) -> tuple[Layer, Layer, Layer]:
 
 def _whole_layer(linear: nn.Linear, *, first: bool = False) -> Layer:
     """The layer with whole weights; its sums are in units of its inputs times 2**-shift."""
-    reach = max(float(linear.weight.abs().max()), 2.0**-8)
-    shift = min(LARGEST_SHIFT, math.floor(math.log2(LARGEST_WEIGHT / reach)))
+    largest, dtype = (FIRST_LARGEST, np.int8) if first else (LARGEST_WEIGHT, np.int16)
     units = _input_units(first)
+    room = largest / max(float(linear.weight.abs().max()), 2.0**-8)
+    if first:
+        sums = LARGEST_FEATURE * linear.weight.abs().sum(dim=1) + units * linear.bias.abs()
+        room = min(room, FIRST_SUM / float(sums.max()))
+    shift = max(0, min(LARGEST_SHIFT, math.floor(math.log2(room))))
     return Layer(
-        _whole(linear.weight.cpu() * 2.0**shift, np.int16),
+        _whole(linear.weight.cpu() * 2.0**shift, dtype),
         _whole(linear.bias.cpu() * (2.0**shift * units), np.int32),
         shift,
     )

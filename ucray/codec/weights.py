@@ -20,14 +20,21 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from ucray.codec.context import NEIGHBOURS, QUALITY_FEATURES, TABLES, ContextModel, Layer, coding_passes
+from ucray.codec.context import (
+    LARGEST_FIRST_SUM,
+    TABLES,
+    ContextModel,
+    Layer,
+    coding_passes,
+    context_inputs,
+)
 from ucray.codec.entropy import TOTAL, FrequencyTables
 from ucray.codec.residual import Reference
 from ucray.codec.stream import StreamModel
 from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import WeightsError
 
-FORMAT = "ucray-weights-3"
+FORMAT = "ucray-weights-4"
 DECODER_PARTS = ("stream", "student")
 BOUNDED_PARTS = ("stream", "reference")
 LAYERS = ("first", "middle", "last")
@@ -202,7 +209,9 @@ class Weights:
             raise WeightsError("the weights are damaged: units of the latents are out of range")
         if (context.step < 1).any() or (context.step > LARGEST_STEP).any():
             raise WeightsError("the weights are damaged: a quantisation step is out of range")
-        if not all(0 <= layer.shift <= LARGEST_SHIFT for network in context.networks for layer in network):
+        networks = context.networks
+        shifts = [layer.shift for network in networks for layer in network]
+        if max(shifts) > LARGEST_SHIFT or max(n[0].largest_sum for n in networks) >= LARGEST_FIRST_SUM:
             raise WeightsError("the weights are damaged: a context network is out of range")
         lengths = 2 * stream.reach.astype(np.int64) + 2
         if lengths.min() < 6 or lengths.sum() != stream.frequencies.size:
@@ -257,10 +266,11 @@ def _expected(config: CodecConfig) -> dict[str, tuple[tuple[int, ...] | None, st
         "frequencies": (None, "uint16"),
     }
     for number, part in enumerate(coding_passes(config.groups, config.checkered)):
-        inputs = config.code_width + QUALITY_FEATURES + 2 * len(NEIGHBOURS) * part.known
-        widths = (inputs, config.context_width, config.context_width, 2 * part.channels)
+        inputs, width = context_inputs(config.code_width, part.known), config.context_width
+        widths = (inputs, width, width, 2 * part.channels)
         for name, here, there in zip(LAYERS, widths[:-1], widths[1:], strict=True):
-            expected[f"context.{number}.{name}.weight"] = ((there, here), "int16")
+            dtype = "int8" if name == LAYERS[0] else "int16"
+            expected[f"context.{number}.{name}.weight"] = ((there, here), dtype)
             expected[f"context.{number}.{name}.bias"] = ((there,), "int32")
             expected[f"context.{number}.{name}.shift"] = ((1,), "uint8")
     return expected

@@ -18,7 +18,7 @@ from ucray.codec.residual import to_cells
 from ucray.codec.stream import StreamModel
 from ucray.codec.weights import SCALE, Weights, stream_tensors
 from ucray.config import QUALITIES, CodecConfig
-from ucray.training.loss import Coder
+from ucray.training.loss import Coder, in_fewer_bits
 
 PRIOR_COUNT = 400.0
 """Observations that the logistic prior is worth against the counted symbols of a table."""
@@ -66,10 +66,10 @@ def to_weights(
         code_frequencies=np.stack([to_frequencies(row + 1.0) for row in counts.codes]),
     )
     tensors = stream_tensors(StreamModel(draft.context, frequencies)) | counts.reference()
-    for part, module in (("analysis", coder.analysis), ("teacher", teacher)):
-        tensors |= {f"{part}.{name}": _half(value) for name, value in module.state_dict().items()}
-    for name, value in student.state_dict().items():
-        tensors |= _small(f"student.{name}", value)
+    tensors |= {f"analysis.{name}": _half(value) for name, value in coder.analysis.state_dict().items()}
+    for part, module in (("teacher", teacher), ("student", student)):
+        for name, value in module.state_dict().items():
+            tensors |= _small(f"{part}.{name}", value)
     weights = Weights(config, tensors, training)
     weights.check_stream()
     return weights
@@ -85,7 +85,6 @@ def load_weights(weights: Weights, coder: Coder, teacher: Synthesis, student: Sy
         coder.codebook.entries.copy_(torch.from_numpy(entries))
         coder.codebook.sums.copy_(coder.codebook.entries)
         coder.codebook.counts.fill_(1.0)
-        coder.codebook.started.fill_(True)
     coder.prior.from_integers(context)
 
 
@@ -128,14 +127,14 @@ def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Seque
     reach = draft.frequencies.reach.astype(np.int64)
     counts = _Counts(config, reach)
     for batch in batches:
-        with torch.no_grad():
-            y, z = coder.analysis(batch)
-            codes = quantise_codes(coder.codebook.entries, z).to(torch.uint8).cpu().numpy()
-        latents = y.permute(0, 2, 3, 4, 1).cpu().numpy() / draft.context.unit
-        for values, one_codes, chunk in zip(latents, codes, batch[:, 0].cpu().numpy(), strict=True):
-            for stage, row in enumerate(one_codes):
-                counts.codes[stage] += np.bincount(row.reshape(-1), minlength=config.codes)
-            for quality in CALIBRATION_QUALITIES:
+        for quality in CALIBRATION_QUALITIES:
+            with torch.no_grad(), in_fewer_bits(batch):
+                y, z = coder.analysis(batch, torch.full((len(batch),), float(quality)).to(batch))
+                codes = quantise_codes(coder.codebook.entries, z).to(torch.uint8).cpu().numpy()
+            latents = y.permute(0, 2, 3, 4, 1).cpu().numpy() / draft.context.unit
+            for values, one_codes, chunk in zip(latents, codes, batch[:, 0].cpu().numpy(), strict=True):
+                for stage, row in enumerate(one_codes):
+                    counts.codes[stage] += np.bincount(row.reshape(-1), minlength=config.codes)
                 symbols, coded = draft.quantise(one_codes, values, quality)
                 if quality == CALIBRATION_QUALITIES[-2]:
                     counts.add_reconstruction(coded.latents, chunk)
@@ -151,7 +150,7 @@ def _half(value: Tensor) -> npt.NDArray[np.generic]:
 
 
 def _small(name: str, value: Tensor) -> dict[str, npt.NDArray[np.generic]]:
-    """A student's tensor as archives hold it: matrices in eight bits, with a scale for each row."""
+    """A synthesis' tensor as it is stored: matrices in eight bits, with a scale for each row."""
     if value.dim() < 2 or not name.endswith(".weight"):
         return {name: _half(value)}
     rows = value.detach().flatten(1).float().cpu()

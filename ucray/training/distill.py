@@ -36,13 +36,10 @@ WARM_UP = 40
 TABLE_SPEED = 10.0
 """Learning rate of what depends on the quality against the networks': an entry meets few of the chunks."""
 
-STUDENT_SPEED = 3.0
-"""Learning rate of the student against the teacher's: it is narrower, and starts on a fixed stream."""
-
 START_TILES = 32
 """Chunks from which the linear parts are started."""
 
-Figures = dict[str, float]
+Figures = dict[str, Tensor]
 
 
 class Trainer:
@@ -93,7 +90,7 @@ class Trainer:
             load_weights(start, self.coder, self.teacher, self.student)
         for module in (self.coder, self.teacher, self._distillation):
             module.to(self.device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self._generator = torch.Generator().manual_seed(settings.seed * 4096 + rank)
+        self._generator = torch.Generator(self.device).manual_seed(settings.seed * 4096 + rank)
         self._wrap = wrap
         self._stage = 0
         self._module: nn.Module = nn.Identity()
@@ -110,7 +107,10 @@ class Trainer:
         return 1 if self.step_number < self.settings.teacher_steps else 2
 
     def step(self, batch: Tensor) -> Figures:
-        """One step on normalised chunks (batch, 1, z, y, x); figures to log, as plain floats."""
+        """One step on normalised chunks (batch, 1, z, y, x); figures to log, numbers on the device.
+
+        Nothing here waits for a GPU: who reads the figures does.
+        """
         if not self._started:
             raise SettingsError(
                 "call start() with tiles, or give weights to start from, before the first step"
@@ -122,20 +122,24 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["speed"]
         x = batch.to(self.device).contiguous(memory_format=torch.channels_last_3d)
-        loss, figures = self._module(x, draw_quality(len(x), self._generator), self._generator)
+        quality = draw_quality(len(x), self._generator)
+        loss: Tensor
+        figures: Figures
+        loss, figures = self._module(x, quality, self._generator)
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._module.parameters(), 1.0)
         self._optimizer.step()
         self.step_number += 1
-        return {"loss": float(loss.detach())} | {name: float(value) for name, value in figures.items()}
+        return {"loss": loss.detach()} | figures
 
     def start(self, tiles: Tensor) -> None:
         """Start the linear parts from tiles (batch, 1, z, y, x); does nothing after weights were loaded."""
         if self._started:
             return
-        start_linear(self.coder.analysis, self.teacher, tiles.to(self.device))
-        self.coder.prior.start(self.coder.analysis.latent_scale)
+        x = tiles.to(self.device)
+        start_linear(self.coder.analysis, self.teacher, x)
+        self.coder.start(x, draw_quality(len(x), self._generator), self._generator)
         self._start_student()
         self._started = True
 
@@ -192,19 +196,17 @@ class Trainer:
         self._stage = stage
         module: nn.Module
         if stage == 1:
-            module = RateDistortion(self.coder, self.teacher)
+            module = RateDistortion(self.coder, self.teacher, self.student)
         else:
             if not resumed:
                 freeze(self.coder)
-                if self.settings.teacher_steps:
-                    self._start_student()
             self.coder.requires_grad_(False)
             self.teacher.requires_grad_(False)
             module = self._distillation
         tables = [p for m in module.modules() for p in _tables(m) if p.requires_grad]
         quick = {id(parameter) for parameter in tables}
         others = [p for p in module.parameters() if p.requires_grad and id(p) not in quick]
-        groups: list[dict[str, Any]] = [{"params": others, "speed": 1.0 if stage == 1 else STUDENT_SPEED}]
+        groups: list[dict[str, Any]] = [{"params": others, "speed": 1.0}]
         groups.append({"params": tables, "speed": TABLE_SPEED, "weight_decay": 0.0})
         self._optimizer = torch.optim.AdamW(
             groups, lr=self.settings.learning_rate, betas=(0.9, 0.98), fused=True

@@ -7,6 +7,7 @@ teacher's features (UniCompress, Yang et al. 2024, section 3.3).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,9 @@ from ucray.config import QUALITIES, CodecConfig
 COMMITMENT = 0.02
 OUTPUT_WEIGHT = 0.5
 FEATURE_WEIGHT = 0.05
+
+STUDENT_SHARE = 0.5
+"""Of the student's squared error in that of both decoders, while the stream is trained."""
 
 BALANCE = 0.4
 """Power of lambda that the loss is divided by, so that neither end of the range drowns the other.
@@ -48,39 +52,55 @@ class Coder(nn.Module):
         self.codebook = ResidualCodebook(config.code_stages, config.codes, config.code_width)
         self.prior = ContextPrior(config)
 
+    def start(self, x: Tensor, quality: Tensor, generator: torch.Generator) -> None:
+        """Start prior and codebook from chunks (batch, 1, z, y, x), after the analysis' linear part."""
+        self.prior.start(self.analysis.latent_scale)
+        with torch.no_grad(), in_fewer_bits(x):
+            vectors = self.analysis(x, quality)[1].permute(0, 2, 3, 4, 1)
+        self.codebook.start(vectors.reshape(-1, vectors.shape[-1]), generator)
+
     def forward(self, x: Tensor, quality: Tensor, generator: torch.Generator) -> Stream:
         """Code chunks (batch, 1, z, y, x) at qualities (batch,).
 
         Rounding passes its gradient straight through; the rate sees noise in its place.
         """
-        y, z = self.analysis(x)
+        with in_fewer_bits(x):
+            y, z = self.analysis(x, quality)
         vectors = z.permute(0, 2, 3, 4, 1)
         _, quantised, commitment = self.codebook.learn(vectors.reshape(-1, vectors.shape[-1]), generator)
         side = quantised.reshape(vectors.shape).permute(0, 4, 1, 2, 3)
-        noise = torch.rand(y.shape, generator=generator).to(y) - 0.5
+        noise = torch.rand(y.shape, generator=generator, device=y.device) - 0.5
         coded = self.prior(y, side, quality, noise)
         return Stream(coded.y_hat, side, coded.bits, commitment)
 
 
 class RateDistortion(nn.Module):
-    """Stage 1: loss of a batch, over coder and teacher."""
+    """Stage 1: loss of a batch, over coder, teacher and student.
 
-    def __init__(self, coder: Coder, teacher: Synthesis) -> None:
+    The student reads the stream along with the teacher, so that the stream is one that both can read.
+    """
+
+    def __init__(self, coder: Coder, teacher: Synthesis, student: Synthesis) -> None:
         super().__init__()
         self.coder = coder
         self.teacher = teacher
+        self.student = student
 
     def forward(
         self, x: Tensor, quality: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, and figures to log: mse (normalised) and bpp, means over the batch."""
+        """Loss, and figures to log: mse of teacher and student (normalised) and bpp, means over the batch."""
         stream = self.coder(x, quality, generator)
-        x_hat = self.teacher(stream.y_hat, stream.prior, quality)
-        mse = (x_hat - x).square().mean(dim=(1, 2, 3, 4))
+        with in_fewer_bits(x):
+            taught = self.teacher(stream.y_hat, stream.prior, quality)
+            learnt = self.student(stream.y_hat, stream.prior, quality)
+        teacher, student = ((found - x).square().mean(dim=(1, 2, 3, 4)) for found in (taught, learnt))
+        mse = teacher + STUDENT_SHARE * (student - teacher)
         bpp = stream.bits / x[0].numel()
-        weight = torch.tensor([lambda_of(float(q)) for q in quality]).to(x)
+        weight = lambda_of(quality)
         loss = ((mse + weight * bpp) / weight**BALANCE).mean() + COMMITMENT * stream.commitment
-        return loss, {"mse": mse.mean().detach(), "bpp": bpp.mean().detach()}
+        figures = {"mse": student.mean(), "teacher_mse": teacher.mean(), "bpp": bpp.mean()}
+        return loss, {name: figure.detach() for name, figure in figures.items()}
 
 
 class Distillation(nn.Module):
@@ -110,15 +130,18 @@ class Distillation(nn.Module):
         coder, teacher = self._frozen
         with torch.no_grad():
             stream = frozen_stream(coder, x, quality)
+        with torch.no_grad(), in_fewer_bits(x):
             teacher_features = teacher.features(stream.y_hat, stream.prior, quality)
             target = teacher.decode(stream.y_hat, teacher_features, quality)
-        features = self.student.features(stream.y_hat, stream.prior, quality)
-        x_hat = self.student.decode(stream.y_hat, features, quality)
+        with in_fewer_bits(x):
+            features = self.student.features(stream.y_hat, stream.prior, quality)
+            x_hat = self.student.decode(stream.y_hat, features, quality)
+            projected = self.project(features).float()
         data = (x_hat - x).square().mean(dim=(1, 2, 3, 4))
         output = (x_hat - target).square().mean(dim=(1, 2, 3, 4))
-        weight = torch.tensor([lambda_of(float(q)) for q in quality]).to(x)
-        mimic = functional.mse_loss(self.project(features), teacher_features)
-        mimic = mimic / teacher_features.square().mean().clamp_min(1e-6)
+        weight = lambda_of(quality)
+        mimic = functional.mse_loss(projected, teacher_features.float())
+        mimic = mimic / teacher_features.float().square().mean().clamp_min(1e-6)
         loss = ((data + self._output_weight * output) / weight**BALANCE).mean() + self._feature_weight * mimic
         teacher_mse = (target - x).square().mean()
         return loss, {"mse": data.mean().detach(), "teacher_mse": teacher_mse.detach()}
@@ -126,7 +149,8 @@ class Distillation(nn.Module):
 
 def frozen_stream(coder: Coder, x: Tensor, quality: Tensor) -> Stream:
     """The stream as it will be coded: the encoder's rounding, true codes, no noise, no learning."""
-    y, z = coder.analysis(x)
+    with in_fewer_bits(x):
+        y, z = coder.analysis(x, quality)
     codes = quantise_codes(coder.codebook.entries, z).permute(0, 2, 3, 4, 1)
     side = coder.codebook.lookup(codes.reshape(-1, codes.shape[-1])).reshape(*codes.shape[:4], -1)
     side = side.permute(0, 4, 1, 2, 3)
@@ -136,5 +160,12 @@ def frozen_stream(coder: Coder, x: Tensor, quality: Tensor) -> Stream:
 
 def draw_quality(batch: int, generator: torch.Generator) -> Tensor:
     """Qualities of one batch (batch,), spread evenly over the whole range so that no end starves."""
-    places = torch.arange(batch) + torch.rand(batch, generator=generator)
-    return (places / batch)[torch.randperm(batch, generator=generator)] * (QUALITIES - 1)
+    place = generator.device
+    places = torch.arange(batch, device=place) + torch.rand(batch, generator=generator, device=place)
+    order = torch.randperm(batch, generator=generator, device=place)
+    return (places / batch)[order] * (QUALITIES - 1)
+
+
+def in_fewer_bits(x: Tensor) -> AbstractContextManager[None]:
+    """Networks in bfloat16 on a GPU, whose matrix units are made for it; a CPU stays with float32."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)

@@ -49,15 +49,23 @@ def is_tissue(tile: npt.NDArray[np.generic], fill_value: float) -> bool:
     return bool(mask.mean() <= LARGEST_FILL_SHARE and np.isfinite(tile[~mask].astype(np.float64)).all())
 
 
+CONTRAST = 0.1
+BRIGHTNESS = 0.15
+"""Spread of a crop's contrast (its logarithm) and brightness: no two volumes are stained alike."""
+
+
 class TileSampler:
     """Draws batches of chunk-shaped crops from prepared tiles (z, y, x).
 
     Axes along which the codec works alike are exchanged at random and every axis is flipped at
-    random: tissue has no preferred direction, and a small volume yields many different chunks.
+    random, contrast and brightness are varied a little: tissue has no preferred direction, and a small
+    volume yields many different chunks.
     """
 
-    def __init__(self, tiles: list[Tile], chunk: Shape3, config: CodecConfig, seed: int) -> None:
-        self._tiles = tiles
+    def __init__(
+        self, tiles: list[Tile], chunk: Shape3, config: CodecConfig, seed: int, *, device: str = "cpu"
+    ) -> None:
+        self._tiles = [torch.from_numpy(tile).to(device) for tile in tiles]
         self._chunk = chunk
         self._random = np.random.default_rng(seed)
         self._orders = [
@@ -70,14 +78,21 @@ class TileSampler:
         ]
 
     def draw(self, batch: int) -> Tensor:
-        """A batch (batch, 1, z, y, x) in chunk shape, float32."""
-        crops = np.stack([self._crop() for _ in range(batch)])
-        return torch.from_numpy(crops.astype(np.float32)[:, None])
+        """A batch (batch, 1, z, y, x) in chunk shape, float32, on the tiles' device."""
+        crops = torch.stack([self._crop() for _ in range(batch)])[:, None].float()
+        contrast, brightness = (
+            self._random.normal(0.0, (CONTRAST, BRIGHTNESS), (batch, 2)).astype(np.float32).T
+        )
+        scale, shift = (
+            torch.from_numpy(drawn).to(crops.device)[:, None, None, None, None]
+            for drawn in (np.exp(contrast), brightness)
+        )
+        return torch.addcmul(shift, crops, scale)
 
-    def _crop(self) -> Tile:
+    def _crop(self) -> Tensor:
         tile = self._tiles[self._random.integers(len(self._tiles))]
         starts = [self._random.integers(n - c + 1) for n, c in zip(tile.shape, self._chunk, strict=True)]
         crop = tile[tuple(slice(s, s + c) for s, c in zip(starts, self._chunk, strict=True))]
-        crop = crop.transpose(self._orders[self._random.integers(len(self._orders))])
+        crop = crop.permute(self._orders[self._random.integers(len(self._orders))])
         flipped = tuple(axis for axis in range(3) if self._random.integers(2))
-        return np.flip(crop, flipped)
+        return crop.flip(flipped)
