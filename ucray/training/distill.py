@@ -123,15 +123,14 @@ class Trainer:
             group["lr"] = rate * group["speed"]
         x = batch.to(self.device).contiguous(memory_format=torch.channels_last_3d)
         quality = draw_quality(len(x), self._generator)
-        loss: Tensor
-        figures: Figures
         loss, figures = self._module(x, quality, self._generator)
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._module.parameters(), 1.0)
         self._optimizer.step()
         self.step_number += 1
-        return {"loss": loss.detach()} | figures
+        shown: Figures = {"loss": loss.detach(), **figures}
+        return shown
 
     def start(self, tiles: Tensor) -> None:
         """Start the linear parts from tiles (batch, 1, z, y, x); does nothing after weights were loaded."""
