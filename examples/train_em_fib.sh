@@ -1,6 +1,5 @@
 #!/bin/sh
-# Trains weights as em-fib-v1 was trained (its card says at which commit, and what was done since). Takes the
-# path or URL of FIB-25 sample 1 as OME-Zarr (janelia-flyem/neuroproof_examples, CC BY) and the file to
-# write; about an hour of two CPU cores.
+# Trains weights of em-fib-v1's shape on a GPU (the card of em-fib-v1 says how that one came about). Takes the path
+# or URL of FIB-25 sample 1 as OME-Zarr (janelia-flyem/neuroproof_examples, CC BY) and the file to write.
 set -eu
-ucray train "$1" "$2" --train-steps 8000 --student-steps 2000 --batch 2 --seed 0
+ucray train "$1" "$2" --large --gpu --batch 16 --train-steps 20000 --student-steps 5000 --learning-rate 2e-3 --seed 0

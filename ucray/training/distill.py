@@ -2,8 +2,8 @@
 
 ::
 
-    Trainer --step--> stage 1: coder + teacher     --freeze--> stage 2: student     --> Weights
-                      AdamW, warm-up and cosine                 AdamW, cosine
+    Trainer --step--> stage 1: coder, teacher and student --freeze--> stage 2: student --> Weights
+                      AdamW, warm-up and cosine                        the same
 
 A Trainer knows nothing of Ray: `wrap` lets a distributed run put its own wrapper around the module
 of each stage.

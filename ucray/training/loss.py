@@ -1,6 +1,6 @@
 """One training step of each stage, as modules whose forward gives the loss.
 
-Stage 1, rate-distortion: everything learns with the teacher's synthesis. Stage 2, distillation:
+Stage 1, rate-distortion: everything learns, the stream with both syntheses. Stage 2, distillation:
 the stream is frozen; the student learns from the data, from the teacher's output and from the
 teacher's features (UniCompress, Yang et al. 2024, section 3.3).
 """
