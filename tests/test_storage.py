@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle  # what Ray does to a volume that it sends to a worker
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from ucray.quality import ErrorSum
 from ucray.storage.archive import ArchiveSettings, create_archive, find_archive, open_archive
 from ucray.storage.objects import Objects, open_objects
 from ucray.storage.shard import (
+    LARGEST_STATISTICS,
     ShardStatistics,
     assemble,
     commit,
@@ -265,12 +267,15 @@ def test_a_shard_splits_into_what_it_was_assembled_from(seed: int, index: Shape3
     assert statistics.error.voxels == GRID.shard_box(index).voxels
 
 
-def test_statistics_go_through_json_and_back() -> None:
+def test_statistics_go_through_bytes_and_back() -> None:
     _, statistics = assemble(GRID, INDEX, 2, _packed(INDEX))
-    assert ShardStatistics.from_json(statistics.to_json()) == statistics
-    for damaged in (b"", b"{}", statistics.to_json()[:-5]):
+    data = statistics.to_bytes()
+    assert ShardStatistics.from_bytes(data) == statistics
+    assert json.loads(gzip.decompress(data))["crc32c"] == statistics.crc32c
+    endless = gzip.compress(b" " * (LARGEST_STATISTICS + 1))
+    for damaged in (b"", b"{}", gzip.compress(b"{}"), data[:-5], data + b"\0", endless):
         with pytest.raises(ArchiveError):
-            ShardStatistics.from_json(damaged)
+            ShardStatistics.from_bytes(damaged)
 
 
 def test_a_cut_or_changed_index_is_found() -> None:
@@ -304,7 +309,7 @@ def test_a_shard_is_committed_once_with_its_statistics(place: Place) -> None:
     assert not commit(place(), GRID, other, other_statistics)
     assert place().get(shard_key(INDEX)) == data
     stored = place().get(statistics_key(INDEX, google_crc32c.value(data)))
-    assert stored == statistics.to_json()
+    assert stored == statistics.to_bytes()
     assert present_shards(place().sizes("0/c"), GRID) == {INDEX}
 
 

@@ -1,32 +1,38 @@
-"""ucray in the benchmark: chunks coded on threads, every byte that an archive spends on them counted."""
+"""ucray in the benchmark: chunks coded in as many processes as cores, as a cluster's workers do it.
+
+Every byte that an archive spends on a chunk is counted.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing.synchronize import Barrier
+from types import TracebackType
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ucray.bench.samples import blocks
+from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.rate import CHUNK_OVERHEAD, finest_within
 from ucray.codec.weights import Weights
-from ucray.grid import Shape3, triple
+from ucray.grid import Box, Shape3, triple
 
 Volume = npt.NDArray[np.generic]
 
 SEARCHED = 16
 """Chunks on which the quality for a ratio is searched."""
 
-THREADS = os.cpu_count() or 1
+PROCESSES = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Coded:
 
 
 class VolumeCodec:
-    """Codes one volume (z, y, x) with given weights."""
+    """Codes one volume (z, y, x) with given weights; to be used in a `with` statement."""
 
     def __init__(self, volume: Volume, weights: Weights, chunk: Shape3, fill_value: float) -> None:
         offset, scale = normalisation([volume], fill_value)
@@ -49,61 +55,92 @@ class VolumeCodec:
         self._volume = volume
         self._weights = weights
         self._boxes = list(blocks(triple(iter(volume.shape)), chunk))
-        self._encoders = [ChunkEncoder(weights, self._format) for _ in range(THREADS)]
+        # What the processes must load and build is done before anything is timed.
+        context = multiprocessing.get_context("spawn")
+        ready = context.Barrier(PROCESSES + 1)
+        self._pool = context.Pool(PROCESSES, _Worker.start, (volume, weights.to_bytes(), self._format, ready))
+        ready.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.terminate()
+        self._pool.join()
 
     def quality_for(self, ratio: float) -> int:
         """The quality whose ratio on a sample of the chunks meets `ratio`."""
-        encoder = self._encoders[0]
-        raw = sum(one.voxels.nbytes for one in self._searched)
+        encoder, prepared = self._searched
+        raw = sum(one.voxels.nbytes for one in prepared)
 
         def size_at(quality: int) -> float:
-            return encoder.size_at(self._searched, quality) + CHUNK_OVERHEAD * len(self._searched)
+            return encoder.size_at(prepared, quality) + CHUNK_OVERHEAD * len(prepared)
 
         return finest_within(size_at, raw / ratio)
 
     @cached_property
-    def _searched(self) -> list[Prepared]:
-        """The sample of the chunks."""
+    def _searched(self) -> tuple[ChunkEncoder, list[Prepared]]:
+        """An encoder, and the sample of the chunks."""
         picked = self._boxes[:: max(1, len(self._boxes) // SEARCHED)]
-        return self._encoders[0].prepare([self._volume[box.slices] for box in picked])
+        encoder = ChunkEncoder(self._weights, self._format)
+        return encoder, encoder.prepare([self._volume[box.slices] for box in picked])
 
     def encode(self, quality: int) -> Coded:
-        """All chunks, on as many threads as there are cores."""
-
-        def some(worker: int) -> list[bytes]:
-            mine = self._boxes[worker::THREADS]
-            return [self._encoders[worker].encode(self._volume[box.slices], quality).data for box in mine]
-
-        with one_thread_each(), ThreadPoolExecutor(THREADS) as pool:
-            shares = list(pool.map(some, range(THREADS)))
-        return Coded(tuple(shares[n % THREADS][n // THREADS] for n in range(len(self._boxes))))
+        """All chunks."""
+        shares = self._pool.starmap(
+            _Worker.encode, [(self._boxes[n::PROCESSES], quality) for n in range(PROCESSES)], chunksize=1
+        )
+        return Coded(tuple(shares[n % PROCESSES][n // PROCESSES] for n in range(len(self._boxes))))
 
     def decode(self, coded: Coded, part: str = "student") -> Volume:
         """The volume back, with the student or the teacher."""
-        decoders = [ChunkDecoder(self._weights, self._format, part=part) for _ in range(THREADS)]
-        decoded = np.full_like(self._volume, self._format.fill_value)
-
-        def some(worker: int) -> None:
-            mine = list(zip(self._boxes, coded.chunks, strict=True))[worker::THREADS]
-            full = [(box, data) for box, data in mine if data]
-            found = decoders[worker].decode_many([data for _, data in full])
-            for (box, _), voxels in zip(full, found, strict=True):
-                decoded[box.slices] = voxels[tuple(slice(0, n) for n in box.shape)]
-
-        with one_thread_each(), ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(some, range(THREADS)))
+        shares = self._pool.starmap(
+            _Worker.decode, [(coded.chunks[n::PROCESSES], part) for n in range(PROCESSES)], chunksize=1
+        )
+        decoded = np.empty_like(self._volume)
+        for number, box in enumerate(self._boxes):
+            voxels = shares[number % PROCESSES][number // PROCESSES]
+            decoded[box.slices] = (
+                self._format.fill_value if voxels is None else voxels[tuple(slice(0, n) for n in box.shape)]
+            )
         return decoded
 
 
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Chunks run side by side, so each keeps torch and numpy to one thread."""
-    from threadpoolctl import threadpool_limits
+class _Worker:
+    """What a process of the pool holds: the volume, an encoder, a decoder for each part."""
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(before)
+    mine: ClassVar[_Worker]
+
+    def __init__(self, volume: Volume, weights: Weights, chunk: ChunkFormat) -> None:
+        self._volume = volume
+        self._encoder = ChunkEncoder(weights, chunk)
+        self._decoders = {
+            part: ChunkDecoder(weights, chunk, part=part)
+            for part in ("student", "teacher")
+            if weights.part(part)
+        }
+
+    @classmethod
+    def start(cls, volume: Volume, weights: bytes, chunk: ChunkFormat, ready: Barrier) -> None:
+        """Begin a process, which has one core to itself."""
+        from threadpoolctl import threadpool_limits
+
+        keep_freed_memory()
+        torch.set_num_threads(1)
+        threadpool_limits(1)
+        cls.mine = cls(volume, Weights.from_bytes(weights), chunk)
+        ready.wait()
+
+    @staticmethod
+    def encode(boxes: Sequence[Box], quality: int) -> list[bytes]:
+        """Some of the volume's chunks."""
+        mine = _Worker.mine
+        return [mine._encoder.encode(mine._volume[box.slices], quality).data for box in boxes]
+
+    @staticmethod
+    def decode(chunks: Sequence[bytes], part: str) -> list[Volume | None]:
+        """Voxels of chunks; None for one of nothing but fill."""
+        found = iter(_Worker.mine._decoders[part].decode_many([data for data in chunks if data]))
+        return [next(found) if data else None for data in chunks]

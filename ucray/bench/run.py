@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ucray.bench.ours import THREADS, VolumeCodec
+from ucray.bench.ours import PROCESSES, VolumeCodec
 from ucray.bench.peers import PEERS, Peer
 from ucray.bench.samples import Bytes3, Samples, blocks
 from ucray.codec.weights import Weights
@@ -90,16 +90,14 @@ def run_bench(
         raise SettingsError(f"--codecs {','.join(unknown)}: choose from {', '.join(codec_names())}")
     points: list[Point] = []
     missing: dict[str, str] = {}
-    ours = None
-    if weights is not None and not set(chosen).isdisjoint(OURS):
-        ours = VolumeCodec(volume, weights, chunk, fill_value)
     for name in chosen:
         watch(name)
         if name in OURS:
-            if ours is None:
+            if weights is None:
                 missing[name] = "no weights were given"
             else:
-                points += _ours(ours, volume, name, ratios, data_range)
+                with VolumeCodec(volume, weights, chunk, fill_value) as ours:
+                    points += _ours(ours, volume, name, ratios, data_range)
         elif (reason := PEERS[name].missing()) is not None:
             missing[name] = reason
         else:
@@ -124,7 +122,7 @@ def _ours(
             ssim(volume, decoded, data_range),
             volume.nbytes / encoding / 1e6,
             volume.nbytes / decoding / 1e6,
-            str(THREADS),
+            f"{PROCESSES} processes",
         )
 
 

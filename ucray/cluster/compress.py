@@ -300,11 +300,11 @@ class _WriteRow:
 
     def row(self, row: Row) -> Row:
         started = time.perf_counter()
-        statistics, first, error = "", False, str(row["error"])
+        statistics, first, error = b"", False, str(row["error"])
         if not error:
             try:
                 written, first = self._writer.write(_index(row["key"]), row["drafts"].drafts)
-                statistics = written.to_json().decode()
+                statistics = written.to_bytes()
             except UcrayError as failure:
                 error = str(failure)
         return {
@@ -335,10 +335,10 @@ def _index(key: Any) -> Shape3:
 
 
 def _outcome(row: Row) -> Outcome:
-    text = str(row["statistics"])
+    statistics = bytes(row["statistics"])
     return Outcome(
         index=_index(row["key"]),
-        statistics=ShardStatistics.from_json(text.encode()) if text else None,
+        statistics=ShardStatistics.from_bytes(statistics) if statistics else None,
         first=bool(row["first"]),
         seconds={stage: float(row[f"{stage}_seconds"]) for stage in ("read", "encode", "write")},
         error=str(row["error"]),

@@ -21,7 +21,7 @@ from ucray.quality import ErrorSum
 SAMPLED_CHUNKS = 64
 """Chunks on which quality is searched; a volume of no more is measured whole."""
 
-SHARD_OVERHEAD = 4 + 180
+SHARD_OVERHEAD = 4 + 130
 """Bytes a shard costs beside its chunks: the index's checksum, and the head of its statistics."""
 
 BOUNDED_QUALITIES = (64, 112, 160, 208, 255)

@@ -26,11 +26,11 @@ import torch
 from ray.train import Checkpoint, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from ucray.cluster.allocator import keep_freed_memory
 from ucray.cluster.ingest import BoxSource, one_row, voxels_of
 from ucray.cluster.plan import config_for, sample_boxes, training_boxes
 from ucray.cluster.session import Resources, failure, resources
 from ucray.cluster.telemetry import Event, Listener
+from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.chunk import normalisation
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig, TrainingConfig, default_chunk

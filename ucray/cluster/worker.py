@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ucray.cluster.allocator import keep_freed_memory
+from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.decoder import device_for
 from ucray.codec.encoder import ChunkEncoder, Draft, pack
 from ucray.codec.weights import Weights

@@ -178,13 +178,12 @@ class Synthesis(nn.Module):
         weight, bias = _pointwise(self.correct)
         scaled = block * self.subband_scale[:, None]
         detail = torch.addmm(bias @ scaled, cells.flatten(0, 3), weight.T @ scaled).view_as(detail) + detail
-        stride = triple(int(n) for n in self.linear.stride)
         inner = self.linear.weight.permute(0, 2, 3, 4, 1) @ block
-        inner = inner.reshape(*inner.shape[:4], *self.cell)
-        whole = inner.permute(0, 1, 4, 2, 5, 3, 6).flatten(1)
-        base = y_hat.permute(0, 2, 3, 4, 1) @ whole
-        cell = triple(a * b for a, b in zip(stride, self.cell, strict=True))
-        return cells_to_volume(base, cell) + cells_to_volume(detail, self.cell)
+        base = y_hat.permute(0, 2, 3, 4, 1) @ inner.flatten(1)
+        # A latent gives several cells: they go to their places in the grid as they are added.
+        base = base.view(*base.shape[:4], *inner.shape[1:]).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        whole = (detail.view(base.shape) + base).reshape(detail.shape)
+        return cells_to_volume(whole, self.cell)
 
 
 def start_linear(analysis: Analysis, synthesis: Synthesis, tiles: Tensor) -> None:

@@ -12,7 +12,7 @@ SLOPE = 0.1155
 It is the encoder's choice alone; a decoder does not know it.
 """
 
-CHUNK_OVERHEAD = 16 + 37
+CHUNK_OVERHEAD = 16 + 11
 """Bytes an archive spends on a chunk beside its payload: its entry in the shard's index, and statistics."""
 
 LARGEST_THRESHOLD = 0.98

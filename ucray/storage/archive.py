@@ -137,7 +137,7 @@ class Archive:
         data = self.objects.get(key)
         if data is None:
             raise ArchiveError(f"the statistics of shard {index} are missing ({key})")
-        return ShardStatistics.from_json(data)
+        return ShardStatistics.from_bytes(data)
 
     def all_statistics(self) -> Iterator[ShardStatistics]:
         """Statistics of every shard that exists; raises ArchiveError where they are missing.
@@ -152,7 +152,7 @@ class Archive:
         for index in sorted(present_shards(sizes, self.settings.grid)):
             keys = by_shard.get(".".join(map(str, index)), [])
             if len(keys) == 1 and (data := self.objects.get(keys[0])) is not None:
-                yield ShardStatistics.from_json(data)
+                yield ShardStatistics.from_bytes(data)
             else:
                 yield self.statistics(index, google_crc32c.value(self.shard(index)))
 

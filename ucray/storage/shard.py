@@ -7,7 +7,9 @@ machines coded it with different bytes and only one of them won.
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -22,6 +24,9 @@ from ucray.storage.objects import Objects
 
 ARRAY = "0"
 STATISTICS = "ucray/statistics/"
+LARGEST_STATISTICS = 1 << 26
+"""Bytes of JSON that a shard's statistics may unpack to."""
+
 ABSENT = np.uint64(2**64 - 1)
 """Offset and length of a chunk that a shard does not hold: nothing but fill."""
 
@@ -59,19 +64,23 @@ class ShardStatistics:
             total += ErrorSum(chunk.voxels, chunk.mse * chunk.voxels, chunk.max_error)
         return total
 
-    def to_json(self) -> bytes:
-        """Canonical JSON, one list per figure to stay small; the same figures, the same bytes."""
+    def to_bytes(self) -> bytes:
+        """Gzipped JSON, one list per figure to stay small; the same figures, the same bytes."""
         columns = {
             name: [asdict(chunk)[name] for chunk in self.chunks] for name in ChunkFigures.__annotations__
         }
         document = asdict(self) | {"chunks": columns}
-        return json.dumps(document, separators=(",", ":")).encode()
+        return gzip.compress(json.dumps(document, separators=(",", ":")).encode(), 9, mtime=0)
 
     @classmethod
-    def from_json(cls, data: bytes) -> ShardStatistics:
-        """Parse `to_json`; raises ArchiveError if it is something else."""
+    def from_bytes(cls, data: bytes) -> ShardStatistics:
+        """Parse `to_bytes`; raises ArchiveError if it is something else."""
         try:
-            document = json.loads(data)
+            unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+            text = unpacker.decompress(data, LARGEST_STATISTICS)
+            if not unpacker.eof or unpacker.unused_data:
+                raise ArchiveError("statistics of a shard are cut, or have no end")
+            document = json.loads(text)
             columns = document["chunks"]
             rows = zip(*(columns[name] for name in ChunkFigures.__annotations__), strict=True)
             z, y, x = document["index"]
@@ -82,7 +91,7 @@ class ShardStatistics:
                 crc32c=int(document["crc32c"]),
                 chunks=tuple(ChunkFigures(*row) for row in rows),
             )
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, zlib.error):
             raise ArchiveError("statistics of a shard do not parse") from None
 
 
@@ -93,7 +102,7 @@ def shard_key(index: Shape3) -> str:
 
 def statistics_key(index: Shape3, crc32c: int) -> str:
     """Key of the statistics of a shard whose object has that checksum."""
-    return f"{STATISTICS}{'.'.join(map(str, index))}-{crc32c:08x}.json"
+    return f"{STATISTICS}{'.'.join(map(str, index))}-{crc32c:08x}.json.gz"
 
 
 def assemble(
@@ -113,7 +122,8 @@ def assemble(
             table[slot] = len(payload), len(chunk.data)
             payload += chunk.data
         kind = chunk.kind.name.lower() if chunk.data else "empty"
-        mse, largest = float(f"{chunk.error.mse:.6g}"), float(f"{chunk.error.maximum:.6g}")
+        # Four digits of a squared error are far below what two machines' last places make of it.
+        mse, largest = float(f"{chunk.error.mse:.4g}"), float(f"{chunk.error.maximum:.6g}")
         figures.append(ChunkFigures(slot, len(chunk.data), kind, box.voxels, mse, largest))
     footer = table.tobytes()
     data = bytes(payload) + footer + google_crc32c.value(footer).to_bytes(4, "little")
@@ -162,7 +172,7 @@ def commit(objects: Objects, grid: Grid, data: bytes, statistics: ShardStatistic
     ArchiveError
         If the shard that stands there is damaged.
     """
-    objects.put_new(statistics_key(statistics.index, statistics.crc32c), statistics.to_json())
+    objects.put_new(statistics_key(statistics.index, statistics.crc32c), statistics.to_bytes())
     key = shard_key(statistics.index)
     if objects.put_new(key, data):
         return True
