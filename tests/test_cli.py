@@ -155,6 +155,19 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
+def test_large_networks_are_refused_where_others_are_to_start_from(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    volume: str,
+    weights_file: str,
+) -> None:
+    destination = tmp_path / "new.safetensors"
+    assert _run(monkeypatch, "train", volume, str(destination), "--large", "--init", weights_file) == 2
+    assert "SettingsError: --large sizes new networks" in capsys.readouterr().err
+    assert not destination.exists()
+
+
 def test_an_archive_with_weights_of_another_digest_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

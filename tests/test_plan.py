@@ -146,3 +146,8 @@ def test_levels_follow_the_voxels(voxel: tuple[float, float, float], stride: Sha
     config = config_for_voxels(voxel)
     assert config.stride == stride
     assert default_chunk(config) == chunk
+    # Large networks change who encodes and teaches, not the stream, nor who decodes.
+    large = config_for_voxels(voxel, large=True)
+    assert large.analysis.latent_width > config.analysis.latent_width
+    assert large.teacher.latent_width > config.teacher.latent_width
+    assert large.model_copy(update={"analysis": config.analysis, "teacher": config.teacher}) == config
