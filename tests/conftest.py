@@ -129,7 +129,7 @@ def _build_weights(config: CodecConfig, seed: int) -> Weights:
             # Corrections start at zero; a test could not see whether they are computed at all.
             for layer in (synthesis.correct, synthesis.inr.value):
                 layer.weight.normal_(std=0.05)
-        coder.analysis.correct.weight.normal_(std=0.05)
+        coder.analysis.correct.weight.normal_(std=0.01)
         for part in (coder.analysis, teacher, student):
             for module in part.modules():
                 if isinstance(module, QualityAffine):
