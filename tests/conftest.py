@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -51,9 +52,7 @@ TINY = CodecConfig(
 )
 """Isotropic: 16 x 16 x 16 voxels a code."""
 
-TINY_ANISOTROPIC = CodecConfig.model_validate(
-    TINY.model_dump() | {"levels": (0, 2, 2), "latent_stride": (1, 2, 2)}
-)
+TINY_ANISOTROPIC = msgspec.structs.replace(TINY, levels=(0, 2, 2), latent_stride=(1, 2, 2))
 """For thick slices: 2 x 16 x 16 voxels a code."""
 
 

@@ -20,6 +20,7 @@ FLOORS = {
     # Floor 2 has steps: the codec stands on its settings, the settings on whole-number geometry.
     "ucray.grid": (2, 0),
     "ucray.config": (2, 1),
+    "ucray.settings": (2, 1),
     "ucray.synthetic": (2, 1),
     "ucray.codec": (2, 2),
     "ucray.zarr_codec": (3, 0),
@@ -43,6 +44,7 @@ CODEC_LIBRARIES = {
     "constriction",
     "numcodecs",
     "google_crc32c",
+    "msgspec",
     "pydantic",
 }
 """All that a bare GPU machine needs for the codec and its training."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,9 +19,10 @@ from ucray.cluster.plan import (
     sample_chunk_boxes,
     training_boxes,
 )
-from ucray.config import CodecConfig, TrainingConfig, config_for_voxels, default_chunk
+from ucray.config import CodecConfig, config_for_voxels, default_chunk
 from ucray.errors import SettingsError
 from ucray.grid import Box, Grid, Shape3
+from ucray.settings import TrainingConfig
 from ucray.storage.volume import Space, Volume
 
 SIDES = st.integers(1, 400)
@@ -150,4 +152,4 @@ def test_levels_follow_the_voxels(voxel: tuple[float, float, float], stride: Sha
     large = config_for_voxels(voxel, large=True)
     assert large.analysis.latent_width > config.analysis.latent_width
     assert large.teacher.latent_width > config.teacher.latent_width
-    assert large.model_copy(update={"analysis": config.analysis, "teacher": config.teacher}) == config
+    assert msgspec.structs.replace(large, analysis=config.analysis, teacher=config.teacher) == config

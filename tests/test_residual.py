@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from ucray.codec.residual import (
     to_cells,
     to_volume,
 )
+from ucray.codec.unlapping import LARGEST_VALUE, VALUE_SHIFT, Unlapping
 from ucray.codec.weights import Weights
 from ucray.errors import ChunkError
 from ucray.grid import Shape3
@@ -32,6 +34,7 @@ from ucray.grid import Shape3
 CELL: Shape3 = (2, 4, 4)
 SHAPE: Shape3 = (4, 8, 8)
 EVERYWHERE = np.ones(SHAPE, bool)
+UNLAPPED = Unlapping(CELL, {})
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +97,14 @@ def test_a_prediction_is_exact_in_any_order() -> None:
     weight = random.integers(-32768, 32768, (300, 32)).astype(np.int16)
     chunk = ChunkFormat(SHAPE, "float32", 0.0, 0.0, 1.0)
     order = random.permutation(300)
-    one = Reference(weight, 20, CELL).predict(latents, chunk)
-    other = Reference(weight[order], 20, CELL).predict(latents[..., order], chunk)
+    one = Reference(weight, 24, CELL, UNLAPPED).predict(latents, chunk)
+    other = Reference(weight[order], 24, CELL, UNLAPPED).predict(latents[..., order], chunk)
     np.testing.assert_array_equal(one, other)
     cut = np.clip(latents, -(1 << 24), 1 << 24).astype(object)
-    exact = (cut.reshape(8, 300) @ weight.astype(object)).astype(np.float64) / 2**20
-    np.testing.assert_array_equal(one, to_volume(exact.reshape(2, 2, 2, 32), CELL))
+    exact = (cut.reshape(8, 300) @ weight.astype(object)).reshape(2, 2, 2, 32)
+    whole = np.vectorize(lambda one: round(Fraction(one * 2**VALUE_SHIFT, 2**24)), otypes=[object])(exact)
+    cut_off = np.clip(whole.astype(np.float64), -LARGEST_VALUE, LARGEST_VALUE)
+    np.testing.assert_array_equal(one, to_volume(cut_off, CELL) * 0.5**VALUE_SHIFT)
 
 
 def test_cells_and_volumes_undo_each_other() -> None:

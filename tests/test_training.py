@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from ucray.codec.context import LARGEST_STEP
 from ucray.codec.prior import lambda_of, rate_in_bits
 from ucray.codec.weights import Weights
-from ucray.config import QUALITIES, CodecConfig, TrainingConfig
+from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import SettingsError, SourceError, WeightsError
+from ucray.settings import TrainingConfig
 from ucray.synthetic import synthetic_volume
 from ucray.training.distill import Trainer
 from ucray.training.loss import draw_quality
@@ -124,6 +126,17 @@ def test_a_student_left_alone_does_not_hear_its_teacher(
         made = trainer.finish([torch.zeros(1, 1, *CHUNK)], {})
         students.append({name: array.tobytes() for name, array in made.part("student").items()})
     assert (students[0] == students[1]) is not taught
+
+
+def test_a_latent_whose_gain_ran_away_costs_nobody_the_training(
+    sampler: Callable[[], TileSampler], tiny_config: CodecConfig, tiny_weights: Weights
+) -> None:
+    """Its step would be wider than weights may say; it is cut off, and the latent stays silent."""
+    trainer = Trainer(tiny_config, SETTINGS, start=tiny_weights)
+    with torch.no_grad():
+        trainer.coder.prior.log_gain[0, -1] = trainer.coder.prior.log_gain[:, -1].max() - 30.0
+    step = trainer.finish([sampler().draw(2)], {}).stream.context.step
+    assert step[0, -1] == step.max() == LARGEST_STEP
 
 
 def test_weights_of_another_shape_cannot_start_a_run(tiny_weights: Weights) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -77,7 +78,7 @@ def test_digest_depends_on_every_tensor_and_on_the_configuration(tiny_weights: W
         changed = array.copy()
         changed.reshape(-1)[-1] = 0 if changed.reshape(-1)[-1] else 1
         digests.add(Weights(tiny_weights.config, dict(tiny_weights.tensors) | {name: changed}).digest)
-    other = tiny_weights.config.model_copy(update={"wavelet": "db2"})
+    other = msgspec.structs.replace(tiny_weights.config, wavelet="db2")
     digests.add(Weights(other, tiny_weights.tensors).digest)
     assert len(digests) == len(tiny_weights.tensors) + 2
 
@@ -181,7 +182,7 @@ def test_headers_that_do_not_parse_are_refused(tiny_weights: Weights, header: ob
 
 
 def test_another_configuration_than_that_of_the_tables_is_refused(tiny_weights: Weights) -> None:
-    config = tiny_weights.config.model_dump(mode="json")
+    config = tiny_weights.config.to_json()
     for change in (
         {"groups": [3, 6]},
         {"checkered": 2},
@@ -258,7 +259,7 @@ def test_bad_tables_are_refused(tiny_weights: Weights, spoil: Callable[[Tensors]
     decoder = tiny_weights.decoder()
     spoilt = {f"stream.{name}": array for name, array in spoil(decoder.part("stream")).items()}
     student = decoder.part("student", keep_prefix=True)
-    header = {"config": decoder.config.model_dump(mode="json"), "training": {}}
+    header = {"config": decoder.config.to_json(), "training": {}}
     data = rewritten(Weights(decoder.config, spoilt | student), header)
     with pytest.raises(WeightsError):
         Weights.from_bytes(data)
@@ -271,6 +272,23 @@ def test_tables_of_no_number_are_refused(tiny_weights: Weights, table: str, valu
     array.reshape(-1)[0] = value
     with pytest.raises(WeightsError):
         Weights.from_bytes(with_tensors(tiny_weights, **{table: array}).to_bytes())
+
+
+REFERENCE_PARTS = ["weight", "shift", "lapped.axes.z.0.first", "lapped.axes.x.3.last"]
+
+
+@pytest.mark.parametrize("name", REFERENCE_PARTS)
+@pytest.mark.parametrize("spoil", [lambda array: array[:0], lambda array: array.astype(np.int32)])
+def test_a_misshapen_reference_is_refused(
+    tiny_weights: Weights, name: str, spoil: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+) -> None:
+    tensors = dict(tiny_weights.tensors)
+    tensors[f"reference.{name}"] = spoil(tensors[f"reference.{name}"])
+    with pytest.raises(WeightsError, match="misshapen"):
+        _ = Weights(tiny_weights.config, tensors).reference
+    del tensors[f"reference.{name}"]
+    with pytest.raises(WeightsError, match=r"misshapen|no reference"):
+        _ = Weights(tiny_weights.config, tensors).reference
 
 
 def test_networks_are_loaded_as_stored(tiny_weights: Weights) -> None:

@@ -260,7 +260,7 @@ def test_tampered_weights_are_refused(
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 5},
+        {"version": 6},
         {"version": "1"},
         {"version": None},
         {"offset": "far"},
@@ -294,7 +294,7 @@ def test_incomplete_configurations_are_refused(key: str | None, tiny_weights: We
 
 def test_a_later_version_is_named_whatever_else_it_holds() -> None:
     with pytest.raises(ArchiveError, match="version 5"):
-        UcrayCodec.from_dict({"name": NAME, "configuration": {"version": 5, "model": "x"}})
+        UcrayCodec.from_dict({"name": NAME, "configuration": {"version": 6, "model": "x"}})
 
 
 def test_damaged_chunks_are_refused(

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from ucray.cluster.telemetry import Event
     from ucray.cluster.verify import Verification
     from ucray.codec.weights import Weights
-    from ucray.config import CodecConfig, TrainingConfig
+    from ucray.config import CodecConfig
     from ucray.errors import UcrayError
+    from ucray.settings import TrainingConfig
     from ucray.zarr_codec import UcrayCodec
 
 _PLACES = {
@@ -39,7 +40,7 @@ _PLACES = {
     "Event": "ucray.cluster.telemetry",
     "JobReport": "ucray.cluster.compress",
     "RunOptions": "ucray.cluster.compress",
-    "TrainingConfig": "ucray.config",
+    "TrainingConfig": "ucray.settings",
     "UcrayCodec": "ucray.zarr_codec",
     "UcrayError": "ucray.errors",
     "Verification": "ucray.cluster.verify",

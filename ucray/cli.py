@@ -61,7 +61,7 @@ def train(
     train_steps: Annotated[int, typer.Option(min=0, help="Steps of the teacher.")] = 1200,
     student_steps: Annotated[int, typer.Option(min=1, help="Steps of the student.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Chunks a step and worker.")] = 2,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2.5e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     init: Annotated[str | None, typer.Option(help="Weights of another domain to start from.")] = None,
     also: Annotated[list[str] | None, typer.Option(help="One more volume to learn from; repeatable.")] = None,

@@ -1,30 +1,24 @@
-"""Frozen settings of the codec and of training, checked once where they enter."""
+"""Shapes of the networks and of the stream, checked where they are parsed."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+import msgspec
 
 from ucray.grid import Shape3, triple
 
 QUALITIES = 256
 """Number of quality settings; quality 0 is the coarsest."""
 
-Width = Annotated[int, Field(ge=1, le=4096)]
-Depth = Annotated[int, Field(ge=0, le=64)]
-Step = Annotated[int, Field(ge=1, le=8)]
-Level = Annotated[int, Field(ge=0, le=4)]
+Width = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+Depth = Annotated[int, msgspec.Meta(ge=0, le=64)]
+Step = Annotated[int, msgspec.Meta(ge=1, le=8)]
+Level = Annotated[int, msgspec.Meta(ge=0, le=4)]
 
 
-class Settings(BaseModel):
-    """Base of all settings: immutable, and unknown names are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class AnalysisConfig(Settings):
+class AnalysisConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Widths (channels) and depths (residual blocks) of the analysis network g_a."""
 
     grid_width: Width = 32
@@ -33,7 +27,7 @@ class AnalysisConfig(Settings):
     latent_blocks: Depth = 2
 
 
-class SynthesisConfig(Settings):
+class SynthesisConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Widths and depths of one synthesis network: latent grid, wavelet grid, then the INR."""
 
     latent_width: Width
@@ -43,7 +37,7 @@ class SynthesisConfig(Settings):
     inr_width: Width
 
 
-class CodecConfig(Settings):
+class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that fixes the shape of the networks and of the stream.
 
     `levels` are wavelet levels per axis (z, y, x); `latent_stride` leads from the wavelet grid to
@@ -56,12 +50,12 @@ class CodecConfig(Settings):
     levels: tuple[Level, Level, Level] = (2, 2, 2)
     latent_stride: tuple[Step, Step, Step] = (2, 2, 2)
     code_stride: tuple[Step, Step, Step] = (4, 4, 4)
-    groups: Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)] = (2, 4, 8, 18, 32, 64)
-    checkered: Annotated[int, Field(ge=0, le=16)] = 6
+    groups: Annotated[tuple[Width, ...], msgspec.Meta(min_length=1, max_length=16)] = (2, 4, 8, 18, 32, 64)
+    checkered: Annotated[int, msgspec.Meta(ge=0, le=16)] = 6
     context_width: Width = 48
     code_width: Width = 16
-    code_stages: Annotated[int, Field(ge=1, le=8)] = 2
-    codes: Annotated[int, Field(ge=2, le=256)] = 64
+    code_stages: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
+    codes: Annotated[int, msgspec.Meta(ge=2, le=256)] = 64
     analysis: AnalysisConfig = AnalysisConfig()
     teacher: SynthesisConfig = SynthesisConfig(
         latent_width=96, latent_blocks=3, grid_width=32, grid_blocks=2, inr_width=8
@@ -69,6 +63,16 @@ class CodecConfig(Settings):
     student: SynthesisConfig = SynthesisConfig(
         latent_width=64, latent_blocks=2, grid_width=32, grid_blocks=1, inr_width=4
     )
+
+    @classmethod
+    def parse(cls, found: object) -> CodecConfig:
+        """From what JSON holds; raises msgspec.ValidationError where it holds anything else."""
+        return msgspec.convert(found, cls)
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain
 
     @property
     def latents(self) -> int:
@@ -138,8 +142,8 @@ def config_for_voxels(voxel_size: tuple[float, float, float], *, large: bool = F
     strides = triple(2 ** (h - level) for h, level in zip(halvings, levels, strict=True))
     config = CodecConfig(levels=levels, latent_stride=strides)
     if math.prod(config.latent_cell) < SMALL_CELL:
-        config = config.model_copy(update={"groups": SMALL_GROUPS, "checkered": 3} | SMALL_NETWORKS)
-    return config.model_copy(update=LARGE_NETWORKS) if large else config
+        config = msgspec.structs.replace(config, groups=SMALL_GROUPS, checkered=3, **SMALL_NETWORKS)
+    return msgspec.structs.replace(config, **LARGE_NETWORKS) if large else config
 
 
 def default_chunk(config: CodecConfig) -> Shape3:
@@ -147,19 +151,3 @@ def default_chunk(config: CodecConfig) -> Shape3:
     if config.stride[0] * 4 <= config.stride[1]:
         return (16, 128, 128)
     return (64, 64, 64)
-
-
-class TrainingConfig(Settings):
-    """How long and on what to train.
-
-    `teacher_steps` of stage 1 (rate-distortion) are followed by `student_steps` of stage 2
-    (distillation); each step sees `batch` chunks per worker. A student that is not `taught` learns
-    from the data alone.
-    """
-
-    teacher_steps: Annotated[int, Field(ge=0)] = 1200
-    student_steps: Annotated[int, Field(ge=1)] = 500
-    batch: Annotated[int, Field(ge=1, le=4096)] = 2
-    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2.5e-3
-    taught: bool = True
-    seed: Annotated[int, Field(ge=0)] = 0

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, NDBuffer
 
 NAME = "ucray"
-VERSION = 4
+VERSION = 5
 
 WEIGHTS_LEVEL = 19
 """zstd level of the weights in the metadata."""

@@ -23,10 +23,10 @@ from ucray.cluster.session import failure, ray_session, resources
 from ucray.cluster.telemetry import Event, Listener, Telemetry
 from ucray.cluster.worker import EncodeJob, ShardEncoder, ShardWriter, WriteJob
 from ucray.codec.weights import Weights
-from ucray.config import Settings, TrainingConfig
 from ucray.errors import DestinationError, JobError, UcrayError
 from ucray.grid import Shape3, triple
 from ucray.quality import ErrorSum
+from ucray.settings import Settings, TrainingConfig
 from ucray.storage.archive import (
     GROUP_KEY,
     WEIGHTS_KEY,

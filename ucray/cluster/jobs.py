@@ -20,10 +20,10 @@ from ucray.cluster.train import train as train_on_ray
 from ucray.cluster.verify import Verification, verify_archive
 from ucray.codec.shipped import shipped_for, shipped_names, shipped_weights
 from ucray.codec.weights import Weights
-from ucray.config import Settings, TrainingConfig
 from ucray.errors import DestinationError, SettingsError, WeightsError
 from ucray.grid import Shape3, parse_box
 from ucray.quality import ErrorSum
+from ucray.settings import Settings, TrainingConfig
 from ucray.storage.archive import GROUP_KEY, WEIGHTS_KEY, Archive, find_archive, open_archive
 from ucray.storage.objects import Objects, open_objects, open_writable_store, translated
 from ucray.storage.volume import Space, open_volume

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from ucray.config import CodecConfig, Settings, TrainingConfig, config_for_voxels, default_chunk
+from ucray.config import CodecConfig, config_for_voxels, default_chunk
 from ucray.errors import SettingsError
 from ucray.grid import Box, Grid, Shape3, format_shape, parse_box, round_up, triple
+from ucray.settings import Settings, TrainingConfig
 from ucray.storage.volume import Volume
 
 FINGERPRINT_VERSION = 2

@@ -6,6 +6,7 @@ from them; rank 0 writes checkpoints, from which a killed group goes on.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -33,9 +34,10 @@ from ucray.cluster.telemetry import Event, Listener
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.chunk import normalisation
 from ucray.codec.weights import Weights
-from ucray.config import CodecConfig, TrainingConfig, default_chunk
+from ucray.config import CodecConfig, default_chunk
 from ucray.errors import JobError, SettingsError, SourceError
 from ucray.grid import Box, Shape3
+from ucray.settings import TrainingConfig
 from ucray.storage.volume import Volume
 from ucray.training.distill import START_TILES, Trainer
 from ucray.training.tiles import Tile, TileSampler, is_tissue, prepare_tiles
@@ -171,8 +173,9 @@ def _fit(
     count = sum(len(lesson.boxes) for lesson in job.lessons)
     # A small volume has few tiles: then every worker gets all of them.
     split = ["tiles"] if count >= TILES_PER_WORKER * workers else []
-    with tempfile.TemporaryDirectory(prefix="ucray-train-") as scratch, _followed(job, listener) as board:
-        path, filesystem = _place(storage or scratch, volume.endpoint_url)
+    scratch = Path(tempfile.mkdtemp(prefix="ucray-train-"))
+    with _followed(job, listener) as board:
+        path, filesystem = _place(storage or str(scratch), volume.endpoint_url)
         trainer = TorchTrainer(
             _work,
             train_loop_config={"job": job, "board": board},
@@ -191,11 +194,18 @@ def _fit(
         try:
             result = trainer.fit()
         except Exception as error:
-            raise failure(error, "training") from error
+            found = failure(error, "training")
+            if any(scratch.rglob(STATE_FILE)):
+                # Hours of work may lie there: only a run that ended well takes its checkpoints away.
+                raise type(found)(f"{found}; --storage {scratch} goes on from its last checkpoint") from error
+            shutil.rmtree(scratch)
+            raise found from error
         if result.checkpoint is None:
             raise JobError("training ended without a checkpoint")
         with result.checkpoint.as_directory() as folder:
-            return Weights.from_bytes((Path(folder) / WEIGHTS_FILE).read_bytes())
+            weights = Weights.from_bytes((Path(folder) / WEIGHTS_FILE).read_bytes())
+    shutil.rmtree(scratch)
+    return weights
 
 
 def _work(loop: dict[str, Any]) -> None:
@@ -242,7 +252,8 @@ def _work(loop: dict[str, Any]) -> None:
         last = trainer.step_number == trainer.total_steps
         if last or trainer.step_number % SHOWN_STEPS == 0:
             latest = {name: float(value) for name, value in figures.items()}
-            loop["board"].show.remote(trainer.step_number, latest) if rank == 0 else None
+            if rank == 0:
+                loop["board"].show.remote(trainer.step_number, latest)
         if not last and trainer.step_number % CHECKPOINT_STEPS == 0:
             _report({STATE_FILE: trainer.to_bytes()} if rank == 0 else {}, latest)
     files = {}

@@ -14,7 +14,7 @@ from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
 MAGIC = b"UC"
-VERSION = 4
+VERSION = 5
 HEADER = 12
 """Bytes before the body: magic, version, kind and flags, CRC-32C, digest of the stream."""
 

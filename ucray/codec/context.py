@@ -40,6 +40,9 @@ LARGEST_FIRST_SUM = 1 << 24
 
 LARGEST_HIDDEN = 1 << 16
 LARGEST_OUTPUT = 1 << 14
+LARGEST_STEP = 1 << 20
+"""Units of a latent; a wider quantisation step says nothing of it."""
+
 LARGEST_LATENT = 1 << 30
 
 WIDE = 16

@@ -2,13 +2,13 @@
 
 ::
 
-    x --DWT--> subbands --+--> linear ---------------------(+)--> y   latents
-                          |--> residual blocks --+----------^
-                                                 +--> z           side latents, to the codebook
+    x --lapping--DWT--> subbands --+--> linear ---------------(+)--> y   latents
+                                   |--> residual blocks --+----^
+                                                          +--> z      side latents, to the codebook
 
-    y_hat, prior, gain --+--> residual blocks (latent grid, wavelet grid) --+--> subbands --(+)--> x_hat
-                         |                                                  +--> INR ---------^
-                         +--> linear --> subbands ----------------------------------------^
+    y_hat, prior --+--> residual blocks (latent grid, wavelet grid) --+--> subbands --(+)--unlapping--> x_hat
+                   |                                                  +--> INR --------^
+                   +--> linear --> subbands -------------------------------------------^
 
 Both directions are a linear transform with a learned correction. The linear part starts as the
 Karhunen-Loeve transform of the training volume, so that training starts from a working transform
@@ -27,6 +27,7 @@ from torch.nn import functional
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.convolution import Convolution
 from ucray.codec.inr import CoordinateNetwork, cell_coordinates
+from ucray.codec.lapping import Lapping
 from ucray.codec.wavelet import WaveletPacket, cells_to_volume
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig, SynthesisConfig
@@ -73,6 +74,7 @@ class Analysis(nn.Module):
         super().__init__()
         sizes = config.analysis
         stride = config.latent_stride
+        self.lapped = Lapping(config.latent_cell)
         self.wavelet = WaveletPacket(config.wavelet, config.levels)
         self.linear = Convolution(config.subbands, config.latents, stride, stride=stride, bias=False)
         self.enter = Convolution(config.subbands, sizes.grid_width, 1)
@@ -100,13 +102,17 @@ class Analysis(nn.Module):
             Qualities (batch,) from 0 to QUALITIES - 1 that the latents will be rounded for.
         """
         with in_float32(x):
-            subbands = self.wavelet(x)
+            subbands = self.subbands(x)
             y = self.linear(subbands)
         features = self.entered(self.enter(subbands / _channels(self.subband_scale)), quality)
         features = self.grid(functional.gelu(features), quality)
         features = self.finished(self.latent(functional.gelu(self.down(features)), quality), quality)
         y = y + self.correct(features).float() * _channels(self.latent_scale)
         return y, self.side(features).float()
+
+    def subbands(self, x: Tensor) -> Tensor:
+        """Wavelet coefficients (batch, subbands, ...) of lapped chunks (batch, 1, z, y, x)."""
+        return torch.as_tensor(self.wavelet(self.lapped(x)))
 
 
 class Synthesis(nn.Module):
@@ -121,6 +127,7 @@ class Synthesis(nn.Module):
         stride = config.latent_stride
         self.cell = config.grid_stride
         self.code_stride = config.code_stride
+        self.lapped = Lapping(config.latent_cell, inverse=True)
         self.wavelet = WaveletPacket(config.wavelet, config.levels)
         self.linear = nn.ConvTranspose3d(config.latents, config.subbands, stride, stride=stride, bias=False)
         self.enter = Convolution(config.latents + config.code_width, sizes.latent_width, 1)
@@ -168,9 +175,11 @@ class Synthesis(nn.Module):
         with in_float32(features):
             y_hat = self.rescaled(y_hat, quality)
             if self.wavelet.blockwise:
-                return self._decode_blocks(y_hat, cells.float(), detail)
-            subbands = self.linear(y_hat) + self.correct(features.float()) * _channels(self.subband_scale)
-            return self.wavelet.inverse(subbands) + cells_to_volume(detail, self.cell)
+                x_hat = self._decode_blocks(y_hat, cells.float(), detail)
+            else:
+                subbands = self.linear(y_hat) + self.correct(features.float()) * _channels(self.subband_scale)
+                x_hat = self.wavelet.inverse(subbands) + cells_to_volume(detail, self.cell)
+            return torch.as_tensor(self.lapped(x_hat))
 
     def _decode_blocks(self, y_hat: Tensor, cells: Tensor, detail: Tensor) -> Tensor:
         """Both linear layers joined with the inverse wavelet: a matrix product each, straight to voxels."""
@@ -190,7 +199,7 @@ def start_linear(analysis: Analysis, synthesis: Synthesis, tiles: Tensor) -> Non
     """Set the linear parts to the Karhunen-Loeve transform of `tiles` (batch, 1, z, y, x)."""
     stride = analysis.linear.stride
     with torch.no_grad():
-        subbands = analysis.wavelet(tiles)
+        subbands = analysis.subbands(tiles)
         blocks = subbands
         for axis, size in enumerate(stride, start=2):
             blocks = blocks.unfold(axis, int(size), int(size))

@@ -22,6 +22,7 @@ from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.context import SCALE_UNITS, TABLE_OCTAVES, TABLE_UNITS, TABLES
 from ucray.codec.entropy import SILENT, FrequencyTables, SymbolReader
 from ucray.codec.fill import unpack_exactly
+from ucray.codec.unlapping import VALUE_SHIFT, Unlapping
 from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
@@ -49,11 +50,14 @@ class Reference:
         int16 (latents, voxels of a latent cell), in units of 2**-shift.
     cell
         Voxels of a latent cell (z, y, x).
+    unlapping
+        Takes the cells' voxels to the volume's.
     """
 
     weight: npt.NDArray[np.int16]
     shift: int
     cell: Shape3
+    unlapping: Unlapping
 
     @cached_property
     def _matrix(self) -> npt.NDArray[np.float64]:
@@ -62,9 +66,9 @@ class Reference:
     def predict(self, latents: Whole, chunk: ChunkFormat) -> npt.NDArray[np.float64]:
         """Voxels of whole latents (z, y, x, latents); whole numbers for dtypes of whole numbers."""
         inputs = np.clip(latents, -LARGEST_LATENT, LARGEST_LATENT).reshape(-1, latents.shape[-1])
-        sums = (inputs.astype(np.float64) @ self._matrix) * 0.5**self.shift
-        values = to_volume(sums.reshape(*latents.shape[:3], -1), self.cell)
-        values = values * chunk.scale + chunk.offset
+        sums = (inputs.astype(np.float64) @ self._matrix) * 2.0 ** (VALUE_SHIFT - self.shift)
+        values = self.unlapping(to_volume(sums.reshape(*latents.shape[:3], -1), self.cell))
+        values = values * 0.5**VALUE_SHIFT * chunk.scale + chunk.offset
         if chunk.dtype == "float32":
             return values
         limits = np.iinfo(chunk.dtype)

@@ -8,6 +8,7 @@ Mallat, "A Wavelet Tour of Signal Processing", chapters 7 and 8.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -101,6 +102,7 @@ def cells_to_volume(values: Tensor, cell: Shape3) -> Tensor:
     return values.reshape(batch, 1, z * a, y * b, x * c)
 
 
+@functools.cache
 def filter_bank(wavelet: str, levels: int) -> tuple[npt.NDArray[np.float64], int, npt.NDArray[np.float64]]:
     """One-axis packet filters: (analysis (2**levels, taps), first tap's position, synthesis).
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ucray.codec.context import (
     LARGEST_FIRST_SUM,
+    LARGEST_STEP,
     TABLES,
     ContextModel,
     Layer,
@@ -31,10 +31,11 @@ from ucray.codec.context import (
 from ucray.codec.entropy import TOTAL, FrequencyTables
 from ucray.codec.residual import Reference
 from ucray.codec.stream import StreamModel
+from ucray.codec.unlapping import STAGES, Blocks, Unlapping, block_sizes
 from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import WeightsError
 
-FORMAT = "ucray-weights-4"
+FORMAT = "ucray-weights-5"
 DECODER_PARTS = ("stream", "student")
 BOUNDED_PARTS = ("stream", "reference")
 LAYERS = ("first", "middle", "last")
@@ -45,7 +46,6 @@ SCALE = ":scale"
 SMALLEST_SHARE, LARGEST_SHARE = 2.0**-24, 2.0**10
 """Of a latent's unit in its deviation: products of whole numbers then stay within 63 bits."""
 
-LARGEST_STEP = 1 << 20
 LARGEST_SHIFT = 32
 
 Array = npt.NDArray[np.generic]
@@ -116,7 +116,12 @@ class Weights:
             raise WeightsError("the weights hold no reference; no error can be bounded with them")
         if weight.dtype != "int16" or weight.shape != shape or shift.dtype != "uint8" or shift.shape != (1,):
             raise WeightsError("the weights are damaged: their reference is misshapen")
-        return Reference(weight, int(shift[0]), cell)  # type: ignore[arg-type]
+        axes = {
+            axis: [_blocks(arrays, axis, size, stage) for stage in reversed(range(STAGES))]
+            for axis, size in zip("zyx", cell, strict=True)
+            if size > 1
+        }
+        return Reference(weight, int(shift[0]), cell, Unlapping(cell, axes))  # type: ignore[arg-type]
 
     def part(self, name: str, *, keep_prefix: bool = False) -> dict[str, Array]:
         """Tensors of one part; empty if these weights do not hold it."""
@@ -161,7 +166,7 @@ class Weights:
 
     def to_bytes(self) -> bytes:
         """A safetensors file."""
-        header = {"config": self.config.model_dump(mode="json"), "training": dict(self.training)}
+        header = {"config": self.config.to_json(), "training": dict(self.training)}
         metadata = {FORMAT: json.dumps(header, sort_keys=True, separators=(",", ":"))}
         return bytes(save({k: np.ascontiguousarray(v) for k, v in self.tensors.items()}, metadata=metadata))
 
@@ -184,8 +189,8 @@ class Weights:
             raise WeightsError(f"the file holds no ucray weights of format {FORMAT}")
         try:
             header = json.loads(metadata[FORMAT])
-            weights = cls(CodecConfig.model_validate(header["config"]), tensors, header["training"])
-        except (ValueError, KeyError, TypeError, ValidationError):
+            weights = cls(CodecConfig.parse(header["config"]), tensors, header["training"])
+        except (ValueError, KeyError, TypeError):
             raise WeightsError("the weights are damaged: their configuration does not parse") from None
         weights.check_stream()
         return weights
@@ -276,9 +281,18 @@ def _expected(config: CodecConfig) -> dict[str, tuple[tuple[int, ...] | None, st
     return expected
 
 
+def _blocks(arrays: Mapping[str, Array], axis: str, cell: int, stage: int) -> Blocks:
+    """Matrices of one stage of the reference's lapping."""
+    found = [arrays.get(f"lapped.axes.{axis}.{stage}.{name}") for name in ("first", "inner", "last")]
+    for block, size in zip(found, block_sizes(cell, stage), strict=True):
+        if block is None or block.dtype != "int16" or block.shape != (size, size):
+            raise WeightsError("the weights are damaged: their reference is misshapen")
+    return tuple(found)  # type: ignore[return-value]
+
+
 def _digest(config: CodecConfig, tensors: Mapping[str, Array]) -> str:
     digest = hashlib.sha256()
-    digest.update(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode())
+    digest.update(json.dumps(config.to_json(), sort_keys=True).encode())
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
         digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())

@@ -27,9 +27,9 @@ from zarr.storage import MemoryStore
 
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.weights import Weights
-from ucray.config import Settings
 from ucray.errors import ArchiveError, DestinationError
 from ucray.grid import Box, Grid, Shape3
+from ucray.settings import Settings
 from ucray.storage.objects import Objects, open_objects
 from ucray.storage.shard import (
     ARRAY,

@@ -13,9 +13,11 @@ from torch import Tensor
 from ucray.codec.codebook import quantise_codes
 from ucray.codec.context import FEATURE_UNITS
 from ucray.codec.entropy import FrequencyTables, logistic_weights, to_frequencies
+from ucray.codec.lapping import Lapping
 from ucray.codec.network import Synthesis, load_network
 from ucray.codec.residual import to_cells
 from ucray.codec.stream import StreamModel
+from ucray.codec.unlapping import LARGEST_ENTRY, SHIFT
 from ucray.codec.weights import SCALE, Weights, stream_tensors
 from ucray.config import QUALITIES, CodecConfig
 from ucray.training.loss import Coder, in_fewer_bits
@@ -65,7 +67,9 @@ def to_weights(
         frequencies=np.concatenate(counted),
         code_frequencies=np.stack([to_frequencies(row + 1.0) for row in counts.codes]),
     )
-    tensors = stream_tensors(StreamModel(draft.context, frequencies)) | counts.reference()
+    tensors = stream_tensors(StreamModel(draft.context, frequencies)) | counts.reference(
+        coder.analysis.lapped
+    )
     tensors |= {f"analysis.{name}": _half(value) for name, value in coder.analysis.state_dict().items()}
     for part, module in (("teacher", teacher), ("student", student)):
         for name, value in module.state_dict().items():
@@ -105,18 +109,21 @@ class _Counts:
         return [np.append((seen[:-1] + seen[-2::-1]) / 2, seen[-1]) for seen in found]
 
     def add_reconstruction(self, latents: npt.NDArray[np.int64], chunk: npt.NDArray[np.float32]) -> None:
-        """Whole latents (z, y, x, latents) and the normalised chunk they stand for."""
+        """Whole latents (z, y, x, latents) and the normalised, lapped chunk they stand for."""
         inputs = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
         self._latents += inputs.T @ inputs
         self._voxels += inputs.T @ to_cells(chunk.astype(np.float64), self._cell)
 
-    def reference(self) -> dict[str, npt.NDArray[np.generic]]:
-        """The linear reconstruction of least squared error, in whole numbers."""
+    def reference(self, lapping: Lapping) -> dict[str, npt.NDArray[np.generic]]:
+        """The linear reconstruction of least squared error, in whole numbers, and the lapping undone."""
         ridge = 1e-6 * np.trace(self._latents) / len(self._latents) + 1e-9
         solved = np.linalg.solve(self._latents + ridge * np.eye(len(self._latents)), self._voxels)
         largest = max(float(np.abs(solved).max()), 2.0**-40)
         shift = int(np.floor(np.log2(32767.0 / largest)))
-        return {
+        inverses = {
+            f"reference.lapped.{name}": _whole_inverse(value) for name, value in lapping.state_dict().items()
+        }
+        return inverses | {
             "reference.weight": np.rint(solved * 2.0**shift).astype(np.int16),
             "reference.shift": np.array([shift], dtype=np.uint8),
         }
@@ -131,8 +138,9 @@ def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Seque
             with torch.no_grad(), in_fewer_bits(batch):
                 y, z = coder.analysis(batch, torch.full((len(batch),), float(quality)).to(batch))
                 codes = quantise_codes(coder.codebook.entries, z).to(torch.uint8).cpu().numpy()
+                lapped = coder.analysis.lapped(batch)[:, 0].cpu().numpy()
             latents = y.permute(0, 2, 3, 4, 1).cpu().numpy() / draft.context.unit
-            for values, one_codes, chunk in zip(latents, codes, batch[:, 0].cpu().numpy(), strict=True):
+            for values, one_codes, chunk in zip(latents, codes, lapped, strict=True):
                 for stage, row in enumerate(one_codes):
                     counts.codes[stage] += np.bincount(row.reshape(-1), minlength=config.codes)
                 symbols, coded = draft.quantise(one_codes, values, quality)
@@ -143,6 +151,11 @@ def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Seque
                         draft.frequencies.letters_of(tables, found), minlength=counts.symbols.size
                     )
     return counts
+
+
+def _whole_inverse(block: Tensor) -> npt.NDArray[np.generic]:
+    inverse = np.linalg.inv(block.cpu().numpy().astype(np.float64)) * 2.0**SHIFT
+    return np.clip(np.rint(inverse), -LARGEST_ENTRY, LARGEST_ENTRY).astype(np.int16)
 
 
 def _half(value: Tensor) -> npt.NDArray[np.generic]:

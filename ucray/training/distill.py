@@ -3,7 +3,7 @@
 ::
 
     Trainer --step--> stage 1: coder, teacher and student --freeze--> stage 2: student --> Weights
-                      AdamW, warm-up and cosine                        the same
+                      SOAP, warm-up and cosine                         the same
 
 A Trainer knows nothing of Ray: `wrap` lets a distributed run put its own wrapper around the module
 of each stage.
@@ -22,19 +22,26 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ucray.codec.conditioning import QualityAffine
+from ucray.codec.lapping import Lapping
 from ucray.codec.network import Synthesis, start_linear
 from ucray.codec.prior import ContextPrior
 from ucray.codec.weights import Weights
-from ucray.config import CodecConfig, TrainingConfig
+from ucray.config import CodecConfig
 from ucray.errors import SettingsError, WeightsError
+from ucray.settings import TrainingConfig
 from ucray.training.calibrate import freeze, load_weights, to_weights
+from ucray.training.lapping import start_lapping
 from ucray.training.loss import Coder, Distillation, RateDistortion, draw_quality
+from ucray.training.soap import Soap
 
 WARM_UP = 40
 """Steps over which the learning rate grows at the start of a stage."""
 
 TABLE_SPEED = 10.0
 """Learning rate of what depends on the quality against the networks': an entry meets few of the chunks."""
+
+LAPPING_SPEED = 0.3
+"""Of the filters across cells, which start near their best."""
 
 START_TILES = 32
 """Chunks from which the linear parts are started."""
@@ -137,6 +144,7 @@ class Trainer:
         if self._started:
             return
         x = tiles.to(self.device)
+        start_lapping(self.coder.analysis.lapped, self.teacher.lapped)
         start_linear(self.coder.analysis, self.teacher, x)
         self.coder.start(x, draw_quality(len(x), self._generator), self._generator)
         self._start_student()
@@ -178,14 +186,10 @@ class Trainer:
         if header["stage"]:
             self._enter(int(header["stage"]), resumed=True)
             assert self._optimizer is not None
-            learned = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
             state: dict[int, dict[str, Tensor]] = {}
             for name, value in tensors.items():
                 if name.startswith("optimizer."):
                     _, index, key = name.split(".")
-                    if value.dim():
-                        # A fused optimizer walks parameter and moments in step: give both one layout.
-                        value = torch.empty_like(learned[int(index)]).copy_(value)
                     state.setdefault(int(index), {})[key] = value
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -202,14 +206,19 @@ class Trainer:
             self.coder.requires_grad_(False)
             self.teacher.requires_grad_(False)
             module = self._distillation
-        tables = [p for m in module.modules() for p in _tables(m) if p.requires_grad]
-        quick = {id(parameter) for parameter in tables}
-        others = [p for p in module.parameters() if p.requires_grad and id(p) not in quick]
-        groups: list[dict[str, Any]] = [{"params": others, "speed": 1.0}]
-        groups.append({"params": tables, "speed": TABLE_SPEED, "weight_decay": 0.0})
-        self._optimizer = torch.optim.AdamW(
-            groups, lr=self.settings.learning_rate, betas=(0.9, 0.98), fused=True
-        )
+        tables = [p for m in module.modules() for p in _tables(m)]
+        lapping = [p for m in module.modules() if isinstance(m, Lapping) for p in m.parameters()]
+        apart = {id(parameter) for parameter in tables + lapping}
+        others = [parameter for parameter in module.parameters() if id(parameter) not in apart]
+        plain = {"weight_decay": 0.0, "turned": False}
+        groups: list[dict[str, Any]] = [
+            {"params": others, "speed": 1.0},
+            {"params": tables, "speed": TABLE_SPEED, **plain},
+            {"params": lapping, "speed": LAPPING_SPEED, **plain},
+        ]
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        self._optimizer = Soap(groups, lr=self.settings.learning_rate)
         self._module = self._wrap(module)
 
     def _start_student(self) -> None:
@@ -219,6 +228,7 @@ class Trainer:
                 getattr(self.student, name).copy_(getattr(self.teacher, name))
             self.student.linear.weight.copy_(self.teacher.linear.weight)
             self.student.rescaled.load_state_dict(self.teacher.rescaled.state_dict())
+            self.student.lapped.load_state_dict(self.teacher.lapped.state_dict())
 
     def _schedule(self) -> float:
         """Warm-up and half a cosine over the current stage, in (0, 1]."""
