@@ -23,11 +23,12 @@ SHIFT = 13
 VALUE_SHIFT = 12
 """Values are whole numbers of 2**-VALUE_SHIFT deviations ..."""
 
-LARGEST_VALUE = 1 << 30
+LARGEST_VALUE = 1 << 28
 """... and no larger than this before each axis ..."""
 
 LARGEST_ENTRY = (1 << 15) - 1
-"""... nor a matrix' entries than this. Rows have fewer than 64 entries: sums stay below 2**51."""
+"""... nor a matrix' entries than this. Cells have at most 128 voxels an axis, so rows at most 512 entries:
+sums stay within 2**52."""
 
 Blocks = tuple[npt.NDArray[np.int16], npt.NDArray[np.int16], npt.NDArray[np.int16]]
 Values = npt.NDArray[np.float64]

@@ -2,7 +2,7 @@
 
 The gain is that of a first-order Markov process, the standard model of neighbouring samples, after the
 stages and one Karhunen-Loeve transform for all cells of an axis, those at the faces among them (Malvar 1992,
-"Signal Processing with Lapped Transforms", section 1.4).
+"Signal Processing with Lapped Transforms").
 """
 
 from __future__ import annotations
