@@ -168,6 +168,22 @@ def test_large_networks_are_refused_where_others_are_to_start_from(
     assert not destination.exists()
 
 
+@pytest.mark.parametrize("size", ["64,2,32,1", "64,2,32,1,4,4", "64,2,32,-1,4", "0,2,32,1,4", "wide"])
+def test_a_student_of_no_size_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    volume: str,
+    size: str,
+) -> None:
+    destination = tmp_path / "new.safetensors"
+    assert _run(monkeypatch, "train", volume, str(destination), "--student", size) == 2
+    error = capsys.readouterr().err
+    assert f"SettingsError: '{size}' does not size a synthesis network" in error
+    assert error.count("\n") == 1
+    assert not destination.exists()
+
+
 def test_an_archive_with_weights_of_another_digest_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from ucray.codec.context import LARGEST_STEP
 from ucray.codec.prior import lambda_of, rate_in_bits
 from ucray.codec.weights import Weights
-from ucray.config import QUALITIES, CodecConfig
+from ucray.config import QUALITIES, CodecConfig, SynthesisConfig
 from ucray.errors import SettingsError, SourceError, WeightsError
 from ucray.settings import TrainingConfig
 from ucray.synthetic import synthetic_volume
@@ -109,6 +110,23 @@ def test_the_teacher_of_one_domain_teaches_the_student_of_another(
     assert changed
     for table in ("step", "unit", "base", "gain", "codebook"):
         np.testing.assert_array_equal(made.part("stream")[table], tiny_weights.part("stream")[table])
+
+
+def test_a_student_of_another_size_starts_with_the_linear_part_of_the_one_before(
+    sampler: Callable[[], TileSampler], tiny_config: CodecConfig, tiny_weights: Weights
+) -> None:
+    config = replace(tiny_config, student=SynthesisConfig.parse("8,1,4,1,4"))
+    assert config.student != tiny_config.student
+    trainer = Trainer(config, TrainingConfig(teacher_steps=0, student_steps=3), start=tiny_weights)
+    stored = tiny_weights.network("student")
+    for name, value in trainer.student.state_dict().items():
+        if name.startswith(("linear", "lapped", "rescaled")) or name.endswith("_scale"):
+            torch.testing.assert_close(value, torch.from_numpy(stored[name]), rtol=0, atol=0)
+    _run(trainer, sampler(), 3)
+    made = Weights.from_bytes(trainer.finish([torch.zeros(1, 1, *CHUNK)], {}).to_bytes())
+    assert made.config == config
+    for name, array in tiny_weights.part("teacher").items():
+        np.testing.assert_array_equal(made.part("teacher")[name], array)
 
 
 @pytest.mark.parametrize("taught", [True, False])

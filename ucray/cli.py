@@ -71,6 +71,13 @@ def train(
     large: Annotated[
         bool, typer.Option("--large", help="Larger analysis and teacher; takes a GPU to train.")
     ] = False,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the student, which decodes: width and blocks on latents, then on wavelet cells, "
+            "width of the INR, as 64,2,32,1,4. Another size than that of --init starts it anew."
+        ),
+    ] = None,
     workers: Workers = 1,
     gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
     storage: Annotated[str | None, typer.Option(help="Where checkpoints go; path or s3:// URL.")] = None,
@@ -82,6 +89,7 @@ def train(
 ) -> None:
     """Train a teacher and distil a student on samples of a volume."""
     from ucray.cluster import jobs
+    from ucray.config import SynthesisConfig
 
     settings = jobs.training_from(
         teacher_steps=train_steps,
@@ -99,6 +107,7 @@ def train(
             also=also or (),
             init=init,
             large=large,
+            student=None if student is None else SynthesisConfig.parse(student),
             workers=workers,
             use_gpu=gpu,
             storage=storage,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from ucray.errors import SettingsError
 from ucray.grid import Shape3, triple
 
 QUALITIES = 256
@@ -35,6 +36,20 @@ class SynthesisConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grid_width: Width
     grid_blocks: Depth
     inr_width: Width
+
+    @classmethod
+    def parse(cls, text: str) -> SynthesisConfig:
+        """From its numbers in their order, as "64,2,32,1,4"; raises SettingsError where they are others."""
+        names = cls.__struct_fields__
+        parts = text.split(",")
+        try:
+            if len(parts) != len(names):
+                raise ValueError
+            numbers = dict(zip(names, map(int, parts), strict=True))
+            return msgspec.convert(numbers, cls)
+        except (ValueError, msgspec.ValidationError):
+            wanted = ", ".join(name.replace("_", " ") for name in names)
+            raise SettingsError(f"{text!r} does not size a synthesis network; give {wanted}") from None
 
 
 class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -20,6 +20,7 @@ from ucray.cluster.train import train as train_on_ray
 from ucray.cluster.verify import Verification, verify_archive
 from ucray.codec.shipped import shipped_for, shipped_names, shipped_weights
 from ucray.codec.weights import Weights
+from ucray.config import SynthesisConfig
 from ucray.errors import DestinationError, SettingsError, WeightsError
 from ucray.grid import Shape3, parse_box
 from ucray.quality import ErrorSum
@@ -150,6 +151,7 @@ def train(
     also: Sequence[str] = (),
     init: str | None = None,
     large: bool = False,
+    student: SynthesisConfig | None = None,
     workers: int = 1,
     use_gpu: bool = False,
     storage: str | None = None,
@@ -175,6 +177,7 @@ def train(
             also=others,
             start=start,
             large=large,
+            student=student,
             chunk=chunk,
             region=None if roi is None else parse_box(roi, volume.shape),
             workers=workers,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -57,7 +58,8 @@ class Trainer:
     config, settings
         Shapes of the networks; steps, batch, learning rate, seed.
     start
-        Weights of another domain to start from; their configuration must be the same.
+        Weights to start from; their configuration must be the same but for the student, which starts
+        anew, with the linear part of theirs, where its networks are of another size.
     device
         Where the networks live.
     wrap
@@ -76,7 +78,7 @@ class Trainer:
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
         rank: int = 0,
     ) -> None:
-        if start is not None and start.config != config:
+        if start is not None and replace(start.config, student=config.student) != config:
             raise SettingsError(
                 "the weights to start from are of another configuration (anisotropy of the voxels, widths); "
                 "train from nothing, or choose weights of a like volume"
@@ -94,7 +96,11 @@ class Trainer:
         )
         self._started = start is not None
         if start is not None:
-            load_weights(start, self.coder, self.teacher, self.student)
+            same = start.config == config
+            stored = self.student if same else Synthesis(start.config, start.config.student)
+            load_weights(start, self.coder, self.teacher, stored)
+            if not same:
+                _start_linear_like(self.student, stored)
         for module in (self.coder, self.teacher, self._distillation):
             module.to(self.device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self._generator = torch.Generator(self.device).manual_seed(settings.seed * 4096 + rank)
@@ -147,7 +153,7 @@ class Trainer:
         start_lapping(self.coder.analysis.lapped, self.teacher.lapped)
         start_linear(self.coder.analysis, self.teacher, x)
         self.coder.start(x, draw_quality(len(x), self._generator), self._generator)
-        self._start_student()
+        _start_linear_like(self.student, self.teacher)
         self._started = True
 
     def finish(self, batches: Sequence[Tensor], training: Mapping[str, Any]) -> Weights:
@@ -221,15 +227,6 @@ class Trainer:
         self._optimizer = Soap(groups, lr=self.settings.learning_rate)
         self._module = self._wrap(module)
 
-    def _start_student(self) -> None:
-        """Give the student the teacher's linear part and scales: what is linear needs no teaching."""
-        with torch.no_grad():
-            for name in ("latent_scale", "subband_scale"):
-                getattr(self.student, name).copy_(getattr(self.teacher, name))
-            self.student.linear.weight.copy_(self.teacher.linear.weight)
-            self.student.rescaled.load_state_dict(self.teacher.rescaled.state_dict())
-            self.student.lapped.load_state_dict(self.teacher.lapped.state_dict())
-
     def _schedule(self) -> float:
         """Warm-up and half a cosine over the current stage, in (0, 1]."""
         first = 0 if self.stage == 1 else self.settings.teacher_steps
@@ -239,6 +236,15 @@ class Trainer:
 
     def _modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.coder, self.teacher, self._distillation])
+
+
+def _start_linear_like(student: Synthesis, other: Synthesis) -> None:
+    """Give a student another synthesis' linear part and scales: what is linear needs no teaching."""
+    with torch.no_grad():
+        for name in ("latent_scale", "subband_scale"):
+            getattr(student, name).copy_(getattr(other, name))
+    for name in ("linear", "rescaled", "lapped"):
+        getattr(student, name).load_state_dict(getattr(other, name).state_dict())
 
 
 def _tables(module: nn.Module) -> list[nn.Parameter]:
