@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ from object_store import ObjectStore
 import ucray
 from ucray.cluster.session import ray_session
 from ucray.cluster.telemetry import Telemetry
+from ucray.cluster.worker import ShardEncoder
 from ucray.errors import ArchiveError, DestinationError, JobError, SettingsError, SourceError, WeightsError
+from ucray.grid import Shape3
 from ucray.storage.objects import open_objects, open_store
 from ucray.storage.shard import STATISTICS, shard_key
 
@@ -201,6 +205,84 @@ def test_an_unreadable_source_chunk_fails_its_shards_and_no_others(
         assert begun.shards == 4
 
 
+@pytest.mark.parametrize("serial", [True, False], ids=["serial", "ray"])
+def test_a_job_given_boxes_does_just_these(
+    source: str, weights_file: str, tmp_path: Path, ray_running: None, serial: bool
+) -> None:
+    archive, listing = tmp_path / "a", tmp_path / "failed.json"
+    _serial(source, archive, weights_file)
+    whole = _bytes(archive)
+    lost = [(0, 0, 1), (0, 1, 0), (1, 1, 1)]
+    for index in lost:
+        (archive / shard_key(index)).unlink()
+    box = {"shard": [0, 1, 0], "box": "0:32,64:70,0:32", "error": "refused"}
+    listing.write_text(json.dumps([box]))
+    run = ucray.RunOptions(serial=serial, boxes=str(listing))
+    report = ucray.compress(source, str(archive), OPTIONS, weights=weights_file, run_options=run)
+    assert (report.shards, report.resumed, report.left) == (8, 5, 2)
+    stored = _bytes(archive)
+    assert [index for index in lost if shard_key(index) not in stored] == [(0, 0, 1), (1, 1, 1)]
+    assert report.bytes_out + report.bytes_weights == sum(map(len, stored.values()))
+    _serial(source, archive, weights_file)
+    assert _bytes(archive) == whole
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        (None, "cannot be read"),
+        ("[", "is no JSON"),
+        ('{"shard": 1}', "is no list"),
+        ('[{"shard": [0, 0], "box": "0:32,0:64,0:32"}]', "is no list"),
+        ('[{"shard": [0, 0, 2], "box": "0:32,0:64,64:96"}]', "which this job does not have"),
+        ('[{"shard": [0, 0, 0], "box": "0:32,0:64,0:31"}]', "which this job does not have"),
+    ],
+)
+def test_boxes_of_another_job_are_refused_before_anything_is_written(
+    source: str, weights_file: str, tmp_path: Path, listed: str | None, message: str
+) -> None:
+    listing = tmp_path / "failed.json"
+    if listed is not None:
+        listing.write_text(listed)
+    run = ucray.RunOptions(serial=True, boxes=str(listing))
+    with pytest.raises(SettingsError, match=message):
+        ucray.compress(source, str(tmp_path / "a"), OPTIONS, weights=weights_file, run_options=run)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_shard_that_was_committed_meanwhile_is_not_coded_again(
+    source: str, weights_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another driver finishes the archive when this one is about to begin."""
+    coded: list[object] = []
+    really = ShardEncoder.drafts
+
+    def drafts(self: ShardEncoder, index: Shape3, voxels: Any) -> Any:
+        coded.append(index)
+        return really(self, index, voxels)
+
+    monkeypatch.setattr(ShardEncoder, "drafts", drafts)
+    _serial(source, tmp_path / "whole", weights_file)
+    assert len(coded) == 8
+    whole = _bytes(tmp_path / "whole")
+    archive = tmp_path / "a"
+
+    def overtake(event: ucray.Event) -> None:
+        if event.stage == "compress" and event.done == 0:
+            for key in whole:
+                if not (archive / key).exists():
+                    (archive / key).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(tmp_path / "whole" / key, archive / key)
+
+    report = ucray.compress(
+        source, str(archive), OPTIONS, weights=weights_file, run_options=SERIAL, listener=overtake
+    )
+    assert len(coded) == 8
+    assert report.shards - report.resumed == 8
+    assert report.bytes_out + report.bytes_weights == sum(map(len, whole.values()))
+    assert _bytes(archive) == whole
+
+
 def test_an_unreadable_source_writes_nothing(weights_file: str, tmp_path: Path) -> None:
     path = tmp_path / "em.zarr"
     array = zarr.create_array(path, shape=(32, 32, 32), dtype="uint8", chunks=(32, 32, 32))
@@ -321,6 +403,26 @@ def test_a_changed_source_is_noticed(source: str, weights_file: str, tmp_path: P
     ucray.synth(str(tmp_path / "small.zarr"), (32, 32, 32))
     with pytest.raises(SourceError, match="does not hold region"):
         ucray.verify(str(tmp_path / "a"), str(tmp_path / "small.zarr"), serial=True)
+
+
+def test_a_sample_looks_into_some_shards_and_lists_all(
+    source: str, weights_file: str, tmp_path: Path
+) -> None:
+    archive = tmp_path / "a"
+    _serial(source, archive, weights_file)
+    found = ucray.verify(str(archive), source, sample=3, serial=True)
+    assert found.clean
+    assert (found.shards, found.checked) == (8, 3)
+    # Three clean draws: a share of 63 % damaged would let them pass once in twenty times.
+    assert found.damaged_below == pytest.approx(0.6316, abs=1e-4)
+    whole = ucray.verify(str(archive), sample=100, serial=True)
+    assert (whole.checked, whole.damaged_below) == (8, None)
+    (archive / shard_key((1, 1, 1))).unlink()
+    assert "1/1/1 is missing" in "".join(ucray.verify(str(archive), sample=1, serial=True).problems)
+    # Damage of one shard in seven is found sooner or later, as every check draws anew.
+    (archive / shard_key((0, 0, 0))).write_bytes(b"cut")
+    checks = (ucray.verify(str(archive), sample=2, serial=True) for _ in range(60))
+    assert any("is cut" in problem for found in checks for problem in found.problems)
 
 
 def test_nothing_is_no_archive(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ucray.cluster.compress import JobReport, RunOptions
+    from ucray.cluster.compress import JobReport
     from ucray.cluster.jobs import (
         Connection,
         compress,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         train,
         verify,
     )
+    from ucray.cluster.pipeline import RunOptions
     from ucray.cluster.plan import CompressOptions, CompressPlan
     from ucray.cluster.telemetry import Event
     from ucray.cluster.verify import Verification
@@ -39,7 +40,7 @@ _PLACES = {
     "Connection": "ucray.cluster.jobs",
     "Event": "ucray.cluster.telemetry",
     "JobReport": "ucray.cluster.compress",
-    "RunOptions": "ucray.cluster.compress",
+    "RunOptions": "ucray.cluster.pipeline",
     "TrainingConfig": "ucray.settings",
     "UcrayCodec": "ucray.zarr_codec",
     "UcrayError": "ucray.errors",

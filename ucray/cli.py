@@ -152,6 +152,9 @@ def compress(
     failed_boxes: Annotated[
         str, typer.Option(help="File for boxes that failed.")
     ] = "ucray-failed-boxes.json",
+    boxes: Annotated[
+        str | None, typer.Option(help="Do just the shards that such a file of an earlier run lists.")
+    ] = None,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
     as_json: AsJson = False,
@@ -186,6 +189,7 @@ def compress(
                 serial=serial,
                 metrics_port=metrics_port,
                 failed_boxes=failed_boxes,
+                boxes=boxes,
             ),
             connection=connection,
             listener=listener,
@@ -276,6 +280,9 @@ def decompress(
 def verify(
     archive: Archive,
     source: Annotated[str | None, typer.Option(help="Compare every voxel with this source.")] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Look into that many shards alone, drawn at random.")
+    ] = None,
     workers: Workers = 1,
     serial: Serial = False,
     endpoint_url: Endpoint = None,
@@ -289,6 +296,7 @@ def verify(
         found = jobs.verify(
             archive,
             source,
+            sample=sample,
             workers=workers,
             serial=serial,
             connection=jobs.Connection(endpoint_url, array),

@@ -11,8 +11,10 @@ import numpy as np
 import zarr
 from pydantic import ValidationError
 
-from ucray.cluster.compress import JobReport, RunOptions, archive_bytes, check_empty, prepare, run
+from ucray.cluster.boxes import read_boxes
+from ucray.cluster.compress import JobReport, archive_bytes, check_empty, prepare, run
 from ucray.cluster.decompress import Decompressed, decompress_archive
+from ucray.cluster.pipeline import RunOptions
 from ucray.cluster.plan import CompressOptions, CompressPlan, config_for, plan_compress
 from ucray.cluster.session import ray_session
 from ucray.cluster.telemetry import Listener, ignore
@@ -133,13 +135,14 @@ def compress(
     if start is None:
         training = training or TrainingConfig()
     decided = plan_compress(volume, start.config if start else config_for(volume), options)
+    chosen = None if run_options.boxes is None else read_boxes(decided, run_options.boxes)
     if start is not None and training is None:
         used = start
     else:
         assert training is not None
         used = _trained(decided, objects, training, start, run_options, listener)
     archive = prepare(decided, objects, used, training, run_options.device, listener)
-    report = run(decided, archive, used, run_options, connection.endpoint_url, listener)
+    report = run(decided, archive, used, run_options, connection.endpoint_url, listener, chosen=chosen)
     return replace(report, weights=_origin(weights, training))
 
 
@@ -194,16 +197,21 @@ def verify(
     archive: str,
     source: str | None = None,
     *,
+    sample: int | None = None,
     serial: bool = False,
     workers: int = 1,
     connection: Connection = Connection(),
     listener: Listener = ignore,
 ) -> Verification:
-    """Check an archive against its checksums and statistics, and with a source every voxel."""
+    """Check an archive, or a random sample of its shards, against its checksums and statistics.
+
+    With a source, every voxel of what is checked.
+    """
     volume = None if source is None else open_volume(source, connection.array, connection.endpoint_url)
     return verify_archive(
         archive,
         source=volume,
+        sample=sample,
         endpoint_url=connection.endpoint_url,
         serial=serial,
         workers=workers,
@@ -235,7 +243,7 @@ def info(archive: str, *, connection: Connection = Connection()) -> dict[str, An
     """What an archive holds and how well, from its metadata, one listing, and its statistics."""
     opened = open_archive(archive, connection.endpoint_url)
     settings = opened.settings
-    stored, weights = archive_bytes(opened)
+    stored, weights = archive_bytes(opened, opened.sizes())
     error = ErrorSum()
     kinds: dict[str, int] = {}
     shards = 0

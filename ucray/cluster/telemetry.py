@@ -66,11 +66,11 @@ class Telemetry:
         self._planned.set(shards)
         self._shards.labels("resumed").inc(present)
 
-    def committed(
-        self, statistics: ShardStatistics, data_range: float, seconds: Mapping[str, float], *, first: bool
+    def stored(
+        self, statistics: ShardStatistics, data_range: float, seconds: Mapping[str, float], place: str
     ) -> None:
-        """One shard is safe; `first` is False where another writer had been faster."""
-        self._shards.labels("committed" if first else "raced").inc()
+        """One shard is safe: "committed" by this job, or "raced" or "found" where another was faster."""
+        self._shards.labels(place).inc()
         self._bytes_in.inc(statistics.bytes_in)
         self._bytes_out.inc(statistics.bytes_out)
         for chunk in statistics.chunks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,6 +21,9 @@ from ucray.storage.archive import ARRAY_KEY, Archive, open_archive, stray_object
 from ucray.storage.shard import ShardStatistics, shard_key, split
 from ucray.storage.volume import Volume
 
+CONFIDENCE = 0.95
+"""Of what a clean sample says of all shards."""
+
 
 @dataclass(frozen=True)
 class ShardFindings:
@@ -36,12 +40,16 @@ class ShardFindings:
 class Verification:
     """The findings over an archive; it is clean if there are no problems.
 
-    `stored_psnr` follows from the statistics of encoding, `measured_psnr` from decoding the stored
-    bytes and comparing them with the source (None without a source).
+    `shards` are those that stand there, `checked` those that were looked into, with `chunks`. Where these
+    are a random sample and clean, fewer than the share `damaged_below` of all shards are damaged, with
+    a confidence of CONFIDENCE. `stored_psnr` follows from the statistics of encoding, `measured_psnr` from
+    decoding the stored bytes and comparing them with the source (None without a source).
     """
 
     archive: str
     shards: int
+    checked: int
+    damaged_below: float | None
     chunks: int
     bytes_checked: int
     stored_psnr: float | None
@@ -58,12 +66,16 @@ def verify_archive(
     url: str,
     *,
     source: Volume | None = None,
+    sample: int | None = None,
     endpoint_url: str | None = None,
     serial: bool = False,
     workers: int = 1,
     listener: Listener,
 ) -> Verification:
     """Check every object of an archive, and with a source every voxel.
+
+    With `sample`, one listing says what is missing or extra, and that many shards, drawn at random, are
+    looked into.
 
     Raises
     ------
@@ -83,11 +95,12 @@ def verify_archive(
     indices = list(settings.grid.shard_indices())
     present = [index for index in indices if shard_key(index) in sizes]
     problems += [f"shard {shard_key(i)} is missing" for i in indices if shard_key(i) not in sizes]
+    looked_into = present if sample is None else _drawn(present, sample)
     chunks = checked = 0
     stored, measured = ErrorSum(), ErrorSum()
     build = partial(_Checker, url, endpoint_url, source, region)
-    total = sum(sizes[shard_key(index)] for index in present)
-    for findings in over_shards(build, present, serial=serial, workers=workers):
+    total = sum(sizes[shard_key(index)] for index in looked_into)
+    for findings in over_shards(build, looked_into, serial=serial, workers=workers):
         problems += [f"shard {shard_key(findings.index)}: {problem}" for problem in findings.problems]
         chunks += findings.chunks
         checked += sizes[shard_key(findings.index)]
@@ -99,6 +112,8 @@ def verify_archive(
     return Verification(
         archive=archive.objects.url,
         shards=len(present),
+        checked=len(looked_into),
+        damaged_below=_damaged_below(len(looked_into)) if len(looked_into) < len(present) else None,
         chunks=chunks,
         bytes_checked=checked,
         stored_psnr=stored.psnr(settings.data_range) if stored.voxels else None,
@@ -106,6 +121,17 @@ def verify_archive(
         measured_max_error=measured.maximum if measured.voxels else None,
         problems=tuple(sorted(problems)),
     )
+
+
+def _drawn(indices: Sequence[Shape3], count: int) -> list[Shape3]:
+    """At most `count` of the shards, others every time: repeated checks see more and more of an archive."""
+    places = np.random.default_rng().permutation(len(indices))[:count]
+    return [indices[place] for place in sorted(places)]
+
+
+def _damaged_below(clean: int) -> float:
+    """Largest share of damaged shards that lets `clean` draws find none more often than 1 - CONFIDENCE."""
+    return float(1.0 - (1.0 - CONFIDENCE) ** (1.0 / clean))
 
 
 def _region(archive: Archive, source: Volume) -> Box:

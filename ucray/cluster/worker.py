@@ -16,7 +16,7 @@ from ucray.codec.weights import Weights
 from ucray.grid import Shape3
 from ucray.storage.archive import ArchiveSettings
 from ucray.storage.objects import open_objects
-from ucray.storage.shard import ShardStatistics, assemble, commit
+from ucray.storage.shard import ShardStatistics, assemble, commit, committed
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,10 @@ class ShardWriter:
         self._digest = weights.stream_digest
 
     def write(self, index: Shape3, drafts: Sequence[Draft | None]) -> tuple[ShardStatistics, bool]:
-        """Code and commit one shard: its statistics, and whether this writer was the first."""
+        """Code and commit one shard: statistics of what is stored, and whether this writer was the first."""
         chunks = [pack(draft, self._stream, self._digest) for draft in drafts]
         grid = self._settings.grid
         data, statistics = assemble(grid, index, np.dtype(self._settings.dtype).itemsize, chunks)
-        return statistics, commit(self._objects, grid, data, statistics)
+        if commit(self._objects, grid, data, statistics):
+            return statistics, True
+        return committed(self._objects, index) or statistics, False

@@ -37,7 +37,7 @@ from ucray.storage.shard import (
     ShardStatistics,
     present_shards,
     shard_key,
-    statistics_key,
+    stored_statistics,
 )
 from ucray.storage.volume import Space
 from ucray.zarr_codec import UcrayCodec
@@ -120,10 +120,6 @@ class Archive:
         """Every object of the archive with its size."""
         return self.objects.sizes("")
 
-    def present(self) -> set[Shape3]:
-        """Indices of the shards that exist, from one listing."""
-        return present_shards(self.objects.sizes(f"{ARRAY}/c"), self.settings.grid)
-
     def shard(self, index: Shape3) -> bytes:
         """A shard's object; raises ArchiveError if it is missing."""
         data = self.objects.get(shard_key(index))
@@ -133,11 +129,7 @@ class Archive:
 
     def statistics(self, index: Shape3, crc32c: int) -> ShardStatistics:
         """Statistics of a shard with that checksum; raises ArchiveError if they are missing."""
-        key = statistics_key(index, crc32c)
-        data = self.objects.get(key)
-        if data is None:
-            raise ArchiveError(f"the statistics of shard {index} are missing ({key})")
-        return ShardStatistics.from_bytes(data)
+        return stored_statistics(self.objects, index, crc32c)
 
     def all_statistics(self) -> Iterator[ShardStatistics]:
         """Statistics of every shard that exists; raises ArchiveError where they are missing.

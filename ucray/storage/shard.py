@@ -182,6 +182,29 @@ def commit(objects: Objects, grid: Grid, data: bytes, statistics: ShardStatistic
     return False
 
 
+def committed(objects: Objects, index: Shape3) -> ShardStatistics | None:
+    """Statistics of the shard that stands there; None if none does.
+
+    Raises
+    ------
+    ArchiveError
+        If its statistics are missing or do not parse.
+    """
+    key = shard_key(index)
+    if not objects.exists(key) or (data := objects.get(key)) is None:
+        return None
+    return stored_statistics(objects, index, google_crc32c.value(data))
+
+
+def stored_statistics(objects: Objects, index: Shape3, crc32c: int) -> ShardStatistics:
+    """Statistics of a shard with that checksum; raises ArchiveError if they are missing."""
+    key = statistics_key(index, crc32c)
+    data = objects.get(key)
+    if data is None:
+        raise ArchiveError(f"the statistics of shard {index} are missing ({key})")
+    return ShardStatistics.from_bytes(data)
+
+
 def present_shards(sizes: Mapping[str, int], grid: Grid) -> set[Shape3]:
     """Which shards of the grid exist, from one listing of the archive's array."""
     return {index for index in grid.shard_indices() if shard_key(index) in sizes}

@@ -1,0 +1,213 @@
+"""Shards through read, encode and write: on Ray, or one after another in this process.
+
+The serial way runs the same halves in one process. It is the oracle: it gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import ray.data
+from pydantic import Field
+
+from ucray.cluster.ingest import BoxSource, Row, one_row, one_row_batch, voxels_of
+from ucray.cluster.plan import CompressPlan
+from ucray.cluster.session import failure, ray_session, resources
+from ucray.cluster.worker import EncodeJob, ShardEncoder, ShardWriter, WriteJob
+from ucray.codec.weights import Weights
+from ucray.errors import UcrayError
+from ucray.grid import Shape3, triple
+from ucray.settings import Settings
+from ucray.storage.archive import ArchiveSettings
+from ucray.storage.objects import open_objects
+from ucray.storage.shard import ShardStatistics, committed
+
+
+class RunOptions(Settings):
+    """How a job runs; nothing of it changes the archive's meaning.
+
+    Shards that failed are listed in the file `failed_boxes`; a job that is given such a file as `boxes`
+    does just what it lists.
+    """
+
+    encode_workers: Annotated[int, Field(ge=1)] = 1
+    write_workers: Annotated[int, Field(ge=1)] = 1
+    device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$")] = "auto"
+    serial: bool = False
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    failed_boxes: str = "ucray-failed-boxes.json"
+    boxes: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one shard: the statistics of what is stored, or the error that stopped it.
+
+    `place` says who committed it: "committed" by this attempt, "raced" where another was faster, "found"
+    where it stood there before it was coded.
+    """
+
+    index: Shape3
+    statistics: ShardStatistics | None
+    place: str
+    seconds: dict[str, float]
+    error: str
+
+
+def serially(
+    plan: CompressPlan,
+    settings: ArchiveSettings,
+    weights: Weights,
+    write: WriteJob,
+    options: RunOptions,
+    missing: Sequence[Shape3],
+) -> Iterator[Outcome]:
+    """Shards one after another in this process."""
+    encode = _EncodeRow(EncodeJob(settings, weights.to_bytes(), options.device), write)
+    writer = _WriteRow(write)
+    for key, box in _boxes(plan, missing):
+        started = time.perf_counter()
+        row: Row = {"key": key, "shape": np.array(box.shape), "voxels": np.empty(0, np.uint8), "error": ""}
+        try:
+            voxels = np.ascontiguousarray(plan.volume.read(box))
+            row["voxels"] = np.frombuffer(voxels.data.cast("B"), np.uint8)
+        except UcrayError as error:
+            row["error"] = str(error)
+        row["read_seconds"] = time.perf_counter() - started
+        yield _outcome(writer.row(encode.row(row)))
+
+
+def on_ray(
+    plan: CompressPlan,
+    settings: ArchiveSettings,
+    weights: Weights,
+    write: WriteJob,
+    options: RunOptions,
+    missing: Sequence[Shape3],
+) -> Iterator[Outcome]:
+    """Shards through read tasks, encode actors and write actors, as they get done."""
+    if not missing:
+        return
+    with ray_session():
+        share = resources(options.encode_workers, use_gpu=options.device == "cuda")
+        encode = EncodeJob(settings, weights.to_bytes(), options.device, share.threads)
+        rows = (
+            ray.data.read_datasource(BoxSource(plan.volume, list(_boxes(plan, missing))), num_cpus=0.25)
+            .map_batches(
+                _EncodeRow,
+                fn_constructor_args=(encode, write),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=options.encode_workers),
+                num_cpus=share.per_worker["CPU"],
+                num_gpus=share.per_worker.get("GPU"),
+            )
+            .map_batches(
+                _WriteRow,
+                fn_constructor_args=(write,),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=options.write_workers),
+                num_cpus=0.25,
+            )
+        )
+        try:
+            for row in rows.iter_rows():
+                yield _outcome(row)
+        except Exception as error:
+            raise failure(error, "the Ray job") from error
+
+
+class _EncodeRow:
+    """An encode actor: rows of voxels to rows of drafts.
+
+    A shard that was committed since the job was planned, by another driver or before a node was lost, is
+    not coded again.
+    """
+
+    def __init__(self, job: EncodeJob, write: WriteJob) -> None:
+        self._dtype = job.settings.dtype
+        self._encoder = ShardEncoder(job)
+        self._objects = open_objects(write.url, write.endpoint_url)
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        return one_row_batch(self.row(one_row(batch)))
+
+    def row(self, row: Row) -> Row:
+        started = time.perf_counter()
+        index = _index(row["key"])
+        drafts: list[Any] = []
+        found, error = b"", str(row["error"])
+        try:
+            if (stored := committed(self._objects, index)) is not None:
+                found, error = stored.to_bytes(), ""
+            elif not error:
+                drafts = self._encoder.drafts(index, voxels_of(row, self._dtype))
+        except UcrayError as failure:
+            error = str(failure)
+        return {
+            "key": str(row["key"]),
+            "drafts": _Drafts(drafts),
+            "found": found,
+            "read_seconds": float(row["read_seconds"]),
+            "encode_seconds": time.perf_counter() - started,
+            "error": error,
+        }
+
+
+class _WriteRow:
+    """A write actor: rows of drafts to rows of statistics, by way of a committed shard."""
+
+    def __init__(self, job: WriteJob) -> None:
+        self._writer = ShardWriter(job)
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        return one_row_batch(self.row(one_row(batch)))
+
+    def row(self, row: Row) -> Row:
+        started = time.perf_counter()
+        statistics, place, error = bytes(row["found"]), "found", str(row["error"])
+        if not error and not statistics:
+            try:
+                written, first = self._writer.write(_index(row["key"]), row["drafts"].drafts)
+                statistics, place = written.to_bytes(), "committed" if first else "raced"
+            except UcrayError as failure:
+                error = str(failure)
+        return {
+            "key": str(row["key"]),
+            "statistics": statistics,
+            "place": place,
+            "read_seconds": float(row["read_seconds"]),
+            "encode_seconds": float(row["encode_seconds"]),
+            "write_seconds": time.perf_counter() - started,
+            "error": error,
+        }
+
+
+@dataclass(frozen=True)
+class _Drafts:
+    """Drafts of a shard as one value, so that Ray Data does not take their list for a column."""
+
+    drafts: list[Any]
+
+
+def _boxes(plan: CompressPlan, missing: Sequence[Shape3]) -> Iterator[tuple[str, Any]]:
+    for index in missing:
+        yield ".".join(map(str, index)), plan.source_box(plan.grid.shard_box(index))
+
+
+def _index(key: Any) -> Shape3:
+    return triple(int(part) for part in str(key).split("."))
+
+
+def _outcome(row: Row) -> Outcome:
+    statistics = bytes(row["statistics"])
+    return Outcome(
+        index=_index(row["key"]),
+        statistics=ShardStatistics.from_bytes(statistics) if statistics else None,
+        place=str(row["place"]),
+        seconds={stage: float(row[f"{stage}_seconds"]) for stage in ("read", "encode", "write")},
+        error=str(row["error"]),
+    )
