@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint check clean
+.PHONY: install demo test lint k8s-check check clean
 
 install: $(STAMP)
 
@@ -23,6 +23,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+k8s-check: install
+	$(BIN)/python -m pytest tests/test_k8s.py
 
 check: lint test
 

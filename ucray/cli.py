@@ -37,6 +37,12 @@ ArrayName = Annotated[str | None, typer.Option("--array", help="Array within the
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Serial = Annotated[bool, typer.Option(help="Work in this process, without Ray.")]
 Workers = Annotated[int, typer.Option(min=1, help="Workers.")]
+WorkerCpus = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1, help="Cores of a worker; by default the nodes' are shared out.", envvar="UCRAY_WORKER_CPUS"
+    ),
+]
 
 
 @app.command()
@@ -79,6 +85,7 @@ def train(
         ),
     ] = None,
     workers: Workers = 1,
+    worker_cpus: WorkerCpus = None,
     gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
     storage: Annotated[str | None, typer.Option(help="Where checkpoints go; path or s3:// URL.")] = None,
     roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1 to learn from.")] = None,
@@ -109,6 +116,7 @@ def train(
             large=large,
             student=None if student is None else SynthesisConfig.parse(student),
             workers=workers,
+            worker_cpus=worker_cpus,
             use_gpu=gpu,
             storage=storage,
             roi=roi,
@@ -146,6 +154,7 @@ def compress(
     metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus metrics on this port.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     workers: Workers = 1,
+    worker_cpus: WorkerCpus = None,
     write_workers: Annotated[int, typer.Option(min=1, help="Workers that write.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     serial: Serial = False,
@@ -184,6 +193,7 @@ def compress(
             training=None if train_steps is None else jobs.training_for(train_steps),
             run_options=jobs.run_options_from(
                 encode_workers=workers,
+                worker_cpus=worker_cpus,
                 write_workers=write_workers,
                 device=device,
                 serial=serial,
@@ -257,6 +267,7 @@ def decompress(
     archive: Archive,
     destination: Annotated[str, typer.Argument(metavar="DST", help="Where the plain zarr volume goes.")],
     workers: Workers = 1,
+    worker_cpus: WorkerCpus = None,
     serial: Serial = False,
     endpoint_url: Endpoint = None,
     as_json: AsJson = False,
@@ -269,6 +280,7 @@ def decompress(
             archive,
             destination,
             workers=workers,
+            worker_cpus=worker_cpus,
             serial=serial,
             connection=jobs.Connection(endpoint_url),
             listener=listener,
@@ -284,6 +296,7 @@ def verify(
         int | None, typer.Option(min=1, help="Look into that many shards alone, drawn at random.")
     ] = None,
     workers: Workers = 1,
+    worker_cpus: WorkerCpus = None,
     serial: Serial = False,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
@@ -298,6 +311,7 @@ def verify(
             source,
             sample=sample,
             workers=workers,
+            worker_cpus=worker_cpus,
             serial=serial,
             connection=jobs.Connection(endpoint_url, array),
             listener=listener,

@@ -21,7 +21,6 @@ from zarr.core.common import parse_named_configuration
 
 from ucray.codec.chunk import DTYPES, ChunkFormat
 from ucray.codec.decoder import ChunkDecoder
-from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.fill import unpack_exactly
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES
@@ -31,6 +30,8 @@ from ucray.grid import triple
 if TYPE_CHECKING:
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, NDBuffer
+
+    from ucray.codec.encoder import ChunkEncoder
 
 NAME = "ucray"
 VERSION = 5
@@ -155,6 +156,9 @@ class UcrayCodec(ArrayBytesCodec):
     @cached_property
     def encoder(self) -> ChunkEncoder:
         """The encoder of the bound array; raises WeightsError if the weights can only decode."""
+        # Whoever only reads does not wait for what encodes.
+        from ucray.codec.encoder import ChunkEncoder
+
         return ChunkEncoder(self.weights, self.bound, max_error=self.max_error)
 
     async def _decode_single(self, chunk_data: Buffer, chunk_spec: ArraySpec) -> NDBuffer:

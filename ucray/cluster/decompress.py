@@ -36,6 +36,7 @@ def decompress_archive(
     endpoint_url: str | None = None,
     serial: bool = False,
     workers: int = 1,
+    worker_cpus: float | None = None,
     listener: Listener,
 ) -> Decompressed:
     """Decode an archive into a new OME-Zarr group at `destination`, lossless from there on.
@@ -58,7 +59,7 @@ def decompress_archive(
     indices = list(settings.grid.shard_indices())
     build = partial(_Decoder, url, destination, endpoint_url)
     done = 0
-    for written in over_shards(build, indices, serial=serial, workers=workers):
+    for written in over_shards(build, indices, serial=serial, workers=workers, worker_cpus=worker_cpus):
         done += written
         listener(Event("decompress", done, settings.bytes_in))
     return Decompressed(destination, settings.shape, settings.dtype, done)

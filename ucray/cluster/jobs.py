@@ -156,6 +156,7 @@ def train(
     large: bool = False,
     student: SynthesisConfig | None = None,
     workers: int = 1,
+    worker_cpus: float | None = None,
     use_gpu: bool = False,
     storage: str | None = None,
     roi: str | None = None,
@@ -184,6 +185,7 @@ def train(
             chunk=chunk,
             region=None if roi is None else parse_box(roi, volume.shape),
             workers=workers,
+            worker_cpus=worker_cpus,
             use_gpu=use_gpu,
             storage=storage,
             listener=listener,
@@ -200,6 +202,7 @@ def verify(
     sample: int | None = None,
     serial: bool = False,
     workers: int = 1,
+    worker_cpus: float | None = None,
     connection: Connection = Connection(),
     listener: Listener = ignore,
 ) -> Verification:
@@ -215,6 +218,7 @@ def verify(
         endpoint_url=connection.endpoint_url,
         serial=serial,
         workers=workers,
+        worker_cpus=worker_cpus,
         listener=listener,
     )
 
@@ -225,6 +229,7 @@ def decompress(
     *,
     serial: bool = False,
     workers: int = 1,
+    worker_cpus: float | None = None,
     connection: Connection = Connection(),
     listener: Listener = ignore,
 ) -> Decompressed:
@@ -235,6 +240,7 @@ def decompress(
         endpoint_url=connection.endpoint_url,
         serial=serial,
         workers=workers,
+        worker_cpus=worker_cpus,
         listener=listener,
     )
 
@@ -314,6 +320,7 @@ def _trained(
                 chunk=decided.grid.chunk,
                 region=decided.region,
                 workers=run_options.encode_workers,
+                worker_cpus=run_options.worker_cpus,
                 use_gpu=run_options.device == "cuda",
                 listener=listener,
             )

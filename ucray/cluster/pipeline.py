@@ -30,11 +30,13 @@ from ucray.storage.shard import ShardStatistics, committed
 class RunOptions(Settings):
     """How a job runs; nothing of it changes the archive's meaning.
 
-    Shards that failed are listed in the file `failed_boxes`; a job that is given such a file as `boxes`
+    `worker_cpus` are the cores of an encode worker; None shares out those of the nodes there are. Shards
+    that failed are listed in the file `failed_boxes`; a job that is given such a file as `boxes`
     does just what it lists.
     """
 
     encode_workers: Annotated[int, Field(ge=1)] = 1
+    worker_cpus: Annotated[float, Field(gt=0.0)] | None = None
     write_workers: Annotated[int, Field(ge=1)] = 1
     device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$")] = "auto"
     serial: bool = False
@@ -93,7 +95,7 @@ def on_ray(
     if not missing:
         return
     with ray_session():
-        share = resources(options.encode_workers, use_gpu=options.device == "cuda")
+        share = resources(options.encode_workers, use_gpu=options.device == "cuda", cpus=options.worker_cpus)
         encode = EncodeJob(settings, weights.to_bytes(), options.device, share.threads)
         rows = (
             ray.data.read_datasource(BoxSource(plan.volume, list(_boxes(plan, missing))), num_cpus=0.25)

@@ -31,6 +31,7 @@ def over_shards(
     *,
     serial: bool,
     workers: int,
+    worker_cpus: float | None,
 ) -> Iterator[Found]:
     """What workers find in the shards `indices`, in no order.
 
@@ -43,7 +44,7 @@ def over_shards(
             yield worker.shard(index)
         return
     with ray_session():
-        share = resources(workers, use_gpu=False)
+        share = resources(workers, use_gpu=False, cpus=worker_cpus)
         keys = [{"key": ".".join(map(str, index))} for index in indices]
         rows = ray.data.from_items(keys, override_num_blocks=len(keys)).map_batches(
             _Rows,

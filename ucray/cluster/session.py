@@ -80,18 +80,19 @@ def _nodes() -> list[dict[str, Any]]:
     return nodes
 
 
-def resources(workers: int, *, use_gpu: bool, reserve: float = 1.0) -> Resources:
-    """Share the cores of the nodes among `workers` workers of one group.
+def resources(workers: int, *, use_gpu: bool, cpus: float | None = None, reserve: float = 1.0) -> Resources:
+    """What each of `workers` workers of one group asks for.
 
-    `reserve` cores stay free for reading and writing. A worker asks for as many cores as its share,
-    half a core at least, and computes with as many threads as its node has cores for it: reading
-    leaves most of its reserve idle.
+    `cpus` cores each where they are given: a cluster that grows has no nodes yet to go by. Else the cores
+    of the nodes are shared out, of which `reserve` stay free for reading and writing. A worker then asks
+    for as many cores as its share, half a core at least, and computes with as many threads as its node
+    has cores for it: reading leaves most of its reserve idle.
     """
+    gpu = {"GPU": 1.0} if use_gpu else {}
+    if cpus is not None:
+        return Resources({"CPU": cpus} | gpu, max(1, int(cpus)))
     nodes = [node["Resources"].get("CPU", 0.0) for node in _nodes() if node["Alive"]]
     usable = [cpus for cpus in nodes if cpus >= 1] or [1.0]
     on_a_node = math.ceil(workers / len(usable))
     share = max(0.5, math.floor((min(usable) - reserve) / on_a_node))
-    per_worker: dict[str, float] = {"CPU": share}
-    if use_gpu:
-        per_worker["GPU"] = 1.0
-    return Resources(per_worker, max(1, int(min(usable) // on_a_node)))
+    return Resources({"CPU": share} | gpu, max(1, int(min(usable) // on_a_node)))

@@ -91,6 +91,7 @@ def train(
     region: Box | None = None,
     tiles: int = TILES,
     workers: int = 1,
+    worker_cpus: float | None = None,
     use_gpu: bool = False,
     storage: str | None = None,
     listener: Listener,
@@ -112,6 +113,8 @@ def train(
         Voxels of a training crop; the volume's default chunk if None.
     region
         The part of the first volume to sample; all of it if None.
+    worker_cpus
+        Cores of a worker; None shares out those of the nodes there are.
     storage
         Where checkpoints go (path or s3:// URL, the volume's endpoint); a temporary folder if None.
 
@@ -138,7 +141,7 @@ def train(
     for _, part in learnt:
         chunk = fitting_chunk(chunk, part.shape, config)
     lessons = tuple(_lesson(one, part, chunk, tiles // len(learnt), settings.seed) for one, part in learnt)
-    given = resources(workers, use_gpu=use_gpu)
+    given = resources(workers, use_gpu=use_gpu, cpus=worker_cpus)
     record = {
         "source": volume.url,
         "also": [other.url for other in also],

@@ -70,6 +70,7 @@ def verify_archive(
     endpoint_url: str | None = None,
     serial: bool = False,
     workers: int = 1,
+    worker_cpus: float | None = None,
     listener: Listener,
 ) -> Verification:
     """Check every object of an archive, and with a source every voxel.
@@ -100,7 +101,7 @@ def verify_archive(
     stored, measured = ErrorSum(), ErrorSum()
     build = partial(_Checker, url, endpoint_url, source, region)
     total = sum(sizes[shard_key(index)] for index in looked_into)
-    for findings in over_shards(build, looked_into, serial=serial, workers=workers):
+    for findings in over_shards(build, looked_into, serial=serial, workers=workers, worker_cpus=worker_cpus):
         problems += [f"shard {shard_key(findings.index)}: {problem}" for problem in findings.problems]
         chunks += findings.chunks
         checked += sizes[shard_key(findings.index)]

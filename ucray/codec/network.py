@@ -144,6 +144,7 @@ class Synthesis(nn.Module):
         self.register_buffer("subband_scale", torch.ones(config.subbands))
         self.register_buffer("latent_scale", torch.ones(config.latents))
         self.register_buffer("coordinates", cell_coordinates(self.cell), persistent=False)
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x).
@@ -183,16 +184,25 @@ class Synthesis(nn.Module):
 
     def _decode_blocks(self, y_hat: Tensor, cells: Tensor, detail: Tensor) -> Tensor:
         """Both linear layers joined with the inverse wavelet: a matrix product each, straight to voxels."""
-        block = self.wavelet.block
-        weight, bias = _pointwise(self.correct)
-        scaled = block * self.subband_scale[:, None]
-        detail = torch.addmm(bias @ scaled, cells.flatten(0, 3), weight.T @ scaled).view_as(detail) + detail
-        inner = self.linear.weight.permute(0, 2, 3, 4, 1) @ block
+        inner, correct, bias = self._joined()
+        detail = torch.addmm(bias, cells.flatten(0, 3), correct).view_as(detail) + detail
         base = y_hat.permute(0, 2, 3, 4, 1) @ inner.flatten(1)
         # A latent gives several cells: they go to their places in the grid as they are added.
         base = base.view(*base.shape[:4], *inner.shape[1:]).permute(0, 1, 4, 2, 5, 3, 6, 7)
         whole = (detail.view(base.shape) + base).reshape(detail.shape)
         return cells_to_volume(whole, self.cell)
+
+    def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        """From latents, from features, and the bias, to voxels; kept where nothing is learned any more."""
+        if self._kept is not None:
+            return self._kept
+        block = self.wavelet.block
+        weight, bias = _pointwise(self.correct)
+        scaled = block * self.subband_scale[:, None]
+        joined = self.linear.weight.permute(0, 2, 3, 4, 1) @ block, weight.T @ scaled, bias @ scaled
+        if not self.training:
+            self._kept = joined
+        return joined
 
 
 def start_linear(analysis: Analysis, synthesis: Synthesis, tiles: Tensor) -> None:

@@ -1,0 +1,242 @@
+"""Manifests: built by kustomize, held against KubeRay's and Kubernetes' schemas, and against the code."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import typer
+import yaml
+
+from ucray.cli import app
+from ucray.cluster.telemetry import Telemetry
+
+ROOT = Path(__file__).parents[1]
+CRDS = Path(os.environ.get("UCRAY_TEST_CRDS", ROOT.parent / "shared" / "kuberay-crds"))
+KUSTOMIZATIONS = ("base", "overlays/cpu-small", "overlays/gpu", "overlays/spot-gpu")
+KUBERAY = {"RayJob": "rayjobs", "RayCluster": "rayclusters"}
+MODES = {"K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"}
+
+Object = dict[str, Any]
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+needs_crds = pytest.mark.skipif(not CRDS.is_dir(), reason=f"KubeRay's CRDs are not in {CRDS}")
+
+
+@cache
+def built(kustomization: str) -> tuple[Object, ...]:
+    """The objects of one kustomization."""
+    command = ["kubectl", "kustomize", str(ROOT / "k8s" / kustomization)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return tuple(yaml.safe_load_all(ended.stdout))
+
+
+def of_kind(kustomization: str, kind: str) -> list[Object]:
+    return [found for found in built(kustomization) if found["kind"] == kind]
+
+
+def clusters(kustomization: str) -> Iterator[tuple[str, Object]]:
+    """Every Ray cluster that is described, with the name of what describes it."""
+    for job in of_kind(kustomization, "RayJob"):
+        yield job["metadata"]["name"], job["spec"]["rayClusterSpec"]
+    for cluster in of_kind(kustomization, "RayCluster"):
+        yield cluster["metadata"]["name"], cluster["spec"]
+
+
+def groups(cluster: Object) -> list[Object]:
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+
+
+def closed(schema: Object) -> Object:
+    """An OpenAPI schema as a JSON Schema that refuses fields it does not name."""
+    found: Object = {}
+    for name, value in schema.items():
+        if name == "properties":
+            found[name] = {key: closed(inner) for key, inner in value.items()}
+        elif name in ("items", "additionalProperties") and isinstance(value, dict):
+            found[name] = closed(value)
+        elif name in ("allOf", "anyOf", "oneOf"):
+            # Structural schemas only add conditions here; what they name stands among the properties.
+            found[name] = value
+        elif not name.startswith("x-kubernetes"):
+            found[name] = value
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        found.setdefault("additionalProperties", False)
+    return found
+
+
+@cache
+def kuberay_schema(kind: str) -> Object:
+    document = yaml.safe_load((CRDS / f"ray.io_{KUBERAY[kind]}.yaml").read_text())
+    (version,) = (one for one in document["spec"]["versions"] if one["name"] == "v1")
+    schema = closed(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    return schema
+
+
+@needs_kubectl
+@needs_crds
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_ray_s_objects_fit_kuberay_s_schemas(kustomization: str) -> None:
+    checked = 0
+    for kind in KUBERAY:
+        for found in of_kind(kustomization, kind):
+            jsonschema.validate(found, kuberay_schema(kind))
+            checked += 1
+    assert checked == 3
+
+
+@needs_kubectl
+@needs_crds
+def test_an_unknown_field_would_be_refused() -> None:
+    (cluster,) = of_kind("base", "RayCluster")
+    spoilt = yaml.safe_load(yaml.safe_dump(cluster))
+    spoilt["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imagePolicy"] = "Always"
+    with pytest.raises(jsonschema.ValidationError, match="imagePolicy"):
+        jsonschema.validate(spoilt, kuberay_schema("RayCluster"))
+
+
+@needs_kubectl
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_core_objects_fit_kubernetes_schemas(kustomization: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    version = validate.latest_version()
+    kinds = set()
+    for found in built(kustomization):
+        if found["apiVersion"].split("/")[0] not in ("ray.io", "monitoring.coreos.com"):
+            validate.validate(found, version, strict=True)
+            kinds.add(found["kind"])
+    assert kinds == {"Namespace", "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget"}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_jobs_keep_kuberay_s_own_rules(kustomization: str) -> None:
+    for job in of_kind(kustomization, "RayJob"):
+        spec = job["spec"]
+        assert spec["submissionMode"] in MODES
+        assert spec["submissionMode"] == "K8sJobMode"
+        assert spec["shutdownAfterJobFinishes"]  # without it, a time to live is refused
+        assert spec["ttlSecondsAfterFinished"] > 0
+        assert spec["activeDeadlineSeconds"] > 0
+        assert "clusterSelector" not in spec  # a retry makes a cluster of its own
+        assert spec["submitterPodTemplate"]["spec"]["restartPolicy"] in ("Never", "OnFailure")
+
+
+@needs_kubectl
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_clusters_are_fit_for_the_work(kustomization: str) -> None:
+    names = set()
+    for name, cluster in clusters(kustomization):
+        names.add(name)
+        assert cluster["enableInTreeAutoscaling"]
+        assert cluster["autoscalerOptions"]["version"] == "v2"
+        assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+        for group in groups(cluster):
+            assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+            pod = group["template"]["spec"]
+            assert pod["restartPolicy"] == "Never"  # as the autoscaler, version 2, wants it
+            assert pod["securityContext"]["runAsNonRoot"]
+            (container,) = pod["containers"]
+            given = container["resources"]
+            assert given["requests"]["memory"] == given["limits"]["memory"]
+            assert not container["securityContext"]["allowPrivilegeEscalation"]
+            (shared,) = (v["emptyDir"] for v in pod["volumes"] if v["name"] == "shm")
+            assert shared["medium"] == "Memory"
+            assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+            assert {"containerPort": 8080, "name": "metrics"} in container["ports"]
+        for group in cluster["workerGroupSpecs"]:
+            assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    assert names == {"ucray", "ucray-compress", "ucray-train"}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_gpus_are_asked_for_where_the_commands_use_them(kustomization: str) -> None:
+    wanted = "gpu" in kustomization
+    for name, cluster in clusters(kustomization):
+        (encode,) = (group for group in cluster["workerGroupSpecs"] if group["groupName"] == "encode")
+        limits = encode["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert ("nvidia.com/gpu" in limits) is wanted, name
+    for job in of_kind(kustomization, "RayJob"):
+        assert bool({"--gpu", "cuda"} & set(shlex.split(job["spec"]["entrypoint"]))) is wanted
+
+
+@needs_kubectl
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_entrypoints_are_commands_of_this_version(kustomization: str) -> None:
+    commands = typer.main.get_command(app)
+    for job in of_kind(kustomization, "RayJob"):
+        program, command, *arguments = shlex.split(job["spec"]["entrypoint"])
+        assert program == "ucray"
+        parsed = commands.commands[command].make_context(command, arguments)  # type: ignore[attr-defined]
+        if command == "compress":
+            ports = {p["name"]: p["containerPort"] for p in _head(job)["ports"]}
+            assert parsed.params["metrics_port"] == ports["ucray"]
+        else:
+            assert parsed.params[
+                "storage"
+            ]  # a retry finds its checkpoints only where they outlive the cluster
+
+
+@needs_kubectl
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_all_containers_run_one_image(kustomization: str) -> None:
+    images = set()
+    for found in built(kustomization):
+        images |= set(re.findall(r"image: (\S+)", yaml.safe_dump(found)))
+    assert images == {"registry.example.org/ucray:0.1.0-" + ("cuda" if "gpu" in kustomization else "cpu")}
+
+
+def _head(job: Object) -> Object:
+    (container,) = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert isinstance(container, dict)
+    return container
+
+
+# Rules
+
+
+def _groups(path: Path) -> Any:
+    document = yaml.safe_load(path.read_text())
+    return document.get("spec", document)["groups"]
+
+
+def test_the_operator_gets_the_rules_of_a_plain_prometheus() -> None:
+    assert _groups(ROOT / "k8s" / "base" / "rules.yaml") == _groups(ROOT / "deploy" / "rules.yaml")
+
+
+def test_rules_ask_for_metrics_that_exist() -> None:
+    served = {sample.name for family in Telemetry().registry.collect() for sample in family.samples}
+    # A counter with labels has no sample before it counts.
+    served |= {
+        f"{family.name}_total" for family in Telemetry().registry.collect() if family.type == "counter"
+    }
+    rules = [rule for group in _groups(ROOT / "deploy" / "rules.yaml") for rule in group["rules"]]
+    recorded = {rule["record"] for rule in rules if "record" in rule}
+    for rule in rules:
+        used = set(re.findall(r"\bucray[a-z0-9_:]+", rule["expr"]))
+        assert used
+        assert used <= served | recorded, rule
+
+
+@needs_promtool
+def test_rules_and_alerts_by_promtool() -> None:
+    for command in (["check", "rules", "rules.yaml"], ["test", "rules", "rules_test.yaml"]):
+        ended = subprocess.run(
+            ["promtool", *command], cwd=ROOT / "deploy", capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
