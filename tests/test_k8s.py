@@ -16,9 +16,9 @@ import jsonschema
 import pytest
 import typer
 import yaml
+from metric_names import RULES, known_metrics, rules
 
 from ucray.cli import app
-from ucray.cluster.telemetry import Telemetry
 
 ROOT = Path(__file__).parents[1]
 CRDS = Path(os.environ.get("UCRAY_TEST_CRDS", ROOT.parent / "shared" / "kuberay-crds"))
@@ -183,10 +183,9 @@ def test_entrypoints_are_commands_of_this_version(kustomization: str) -> None:
         program, command, *arguments = shlex.split(job["spec"]["entrypoint"])
         assert program == "ucray"
         parsed = commands.commands[command].make_context(command, arguments)  # type: ignore[attr-defined]
-        if command == "compress":
-            ports = {p["name"]: p["containerPort"] for p in _head(job)["ports"]}
-            assert parsed.params["metrics_port"] == ports["ucray"]
-        else:
+        ports = {p["name"]: p["containerPort"] for p in _head(job)["ports"]}
+        assert parsed.params["metrics_port"] == ports["ucray"]
+        if command == "train":
             assert parsed.params[
                 "storage"
             ]  # a retry finds its checkpoints only where they outlive the cluster
@@ -216,21 +215,14 @@ def _groups(path: Path) -> Any:
 
 
 def test_the_operator_gets_the_rules_of_a_plain_prometheus() -> None:
-    assert _groups(ROOT / "k8s" / "base" / "rules.yaml") == _groups(ROOT / "deploy" / "rules.yaml")
+    assert _groups(ROOT / "k8s" / "base" / "rules.yaml") == _groups(RULES)
 
 
 def test_rules_ask_for_metrics_that_exist() -> None:
-    served = {sample.name for family in Telemetry().registry.collect() for sample in family.samples}
-    # A counter with labels has no sample before it counts.
-    served |= {
-        f"{family.name}_total" for family in Telemetry().registry.collect() if family.type == "counter"
-    }
-    rules = [rule for group in _groups(ROOT / "deploy" / "rules.yaml") for rule in group["rules"]]
-    recorded = {rule["record"] for rule in rules if "record" in rule}
-    for rule in rules:
+    for rule in rules():
         used = set(re.findall(r"\bucray[a-z0-9_:]+", rule["expr"]))
         assert used
-        assert used <= served | recorded, rule
+        assert used <= known_metrics(), rule
 
 
 @needs_promtool

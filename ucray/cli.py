@@ -44,6 +44,10 @@ WorkerCpus = Annotated[
     ),
 ]
 
+MetricsPort = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")
+]
+
 
 @app.command()
 def synth(
@@ -88,6 +92,7 @@ def train(
     worker_cpus: WorkerCpus = None,
     gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
     storage: Annotated[str | None, typer.Option(help="Where checkpoints go; path or s3:// URL.")] = None,
+    metrics_port: MetricsPort = None,
     roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1 to learn from.")] = None,
     chunk: Annotated[str | None, typer.Option(help="Shape of a crop to learn from, as 64,64,64.")] = None,
     endpoint_url: Endpoint = None,
@@ -119,6 +124,7 @@ def train(
             worker_cpus=worker_cpus,
             use_gpu=gpu,
             storage=storage,
+            metrics_port=metrics_port,
             roi=roi,
             chunk=None if chunk is None else parse_shape(chunk),
             connection=jobs.Connection(endpoint_url, array),
@@ -151,7 +157,7 @@ def compress(
     chunk: Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")] = None,
     shard: Annotated[str | None, typer.Option(help="Shard shape, a multiple of the chunk's.")] = None,
     roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus metrics on this port.")] = None,
+    metrics_port: MetricsPort = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     workers: Workers = 1,
     worker_cpus: WorkerCpus = None,

@@ -17,7 +17,7 @@ from ucray.cluster.decompress import Decompressed, decompress_archive
 from ucray.cluster.pipeline import RunOptions
 from ucray.cluster.plan import CompressOptions, CompressPlan, config_for, plan_compress
 from ucray.cluster.session import ray_session
-from ucray.cluster.telemetry import Listener, ignore
+from ucray.cluster.telemetry import Event, Listener, Telemetry, ignore
 from ucray.cluster.train import train as train_on_ray
 from ucray.cluster.verify import Verification, verify_archive
 from ucray.codec.shipped import shipped_for, shipped_names, shipped_weights
@@ -161,6 +161,7 @@ def train(
     storage: str | None = None,
     roi: str | None = None,
     chunk: Shape3 | None = None,
+    metrics_port: int | None = None,
     connection: Connection = Connection(),
     listener: Listener = ignore,
 ) -> Weights:
@@ -174,7 +175,13 @@ def train(
     if large and init is not None:
         raise SettingsError("--large sizes new networks; those of --init have their size")
     start = load_weights(init, connection.endpoint_url) if init is not None else None
-    with ray_session():
+    telemetry = Telemetry()
+
+    def follow(event: Event) -> None:
+        telemetry.trained(event)
+        listener(event)
+
+    with ray_session(), telemetry.served(metrics_port):
         weights = train_on_ray(
             volume,
             settings or TrainingConfig(),
@@ -188,7 +195,7 @@ def train(
             worker_cpus=worker_cpus,
             use_gpu=use_gpu,
             storage=storage,
-            listener=listener,
+            listener=follow,
         )
     if not folder.put_new(name, weights.to_bytes()):
         raise DestinationError(f"{destination} appeared while training; the new weights are not kept")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -17,13 +17,15 @@ from ucray.storage.shard import ShardStatistics
 class Event:
     """Progress of one stage of a job.
 
-    `done` of `total` are in the stage's own unit (bytes or steps); `note` is for people.
+    `done` of `total` are in the stage's own unit (bytes or steps); `note` is for people, `figures` are what
+    it says as numbers, where it says any.
     """
 
     stage: str
     done: float
     total: float
     note: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 Listener = Callable[[Event], None]
@@ -54,6 +56,18 @@ class Telemetry:
         self._psnr = Histogram(
             "ucray_shard_psnr_db", "PSNR of shards", buckets=tuple(range(20, 62, 2)), registry=registry
         )
+        self._steps = Gauge("ucray_training_steps", "Steps of training done", registry=registry)
+        self._all_steps = Gauge("ucray_training_steps_planned", "Steps of training", registry=registry)
+        self._training = {
+            "loss": Gauge("ucray_training_loss", "Loss of the last step", registry=registry),
+            "mse": Gauge(
+                "ucray_training_student_mse", "Squared error, in variances of the volume", registry=registry
+            ),
+            "teacher_mse": Gauge(
+                "ucray_training_teacher_mse", "Squared error, in variances of the volume", registry=registry
+            ),
+            "bpp": Gauge("ucray_training_bits_per_voxel", "Rate in stage 1", registry=registry),
+        }
         self._ratio = Histogram(
             "ucray_shard_ratio",
             "Source bytes over stored bytes of shards",
@@ -85,6 +99,13 @@ class Telemetry:
     def failed(self) -> None:
         """One shard could not be read, coded or written."""
         self._shards.labels("failed").inc()
+
+    def trained(self, event: Event) -> None:
+        """A step of training, as it is told to a listener."""
+        self._steps.set(event.done)
+        self._all_steps.set(event.total)
+        for name, value in event.figures.items():
+            self._training[name].set(value)
 
     @contextmanager
     def served(self, port: int | None) -> Iterator[None]:

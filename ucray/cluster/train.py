@@ -339,7 +339,7 @@ def _followed(job: TrainingJob, listener: Listener) -> Iterator[Any]:
             step, figures = ray.get(board.look.remote())
             note = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
             stage = "teacher" if step < job.settings.teacher_steps else "student"
-            listener(Event("train", step, total, f"{stage} {note}"))
+            listener(Event("train", step, total, f"{stage} {note}", figures))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

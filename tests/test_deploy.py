@@ -1,0 +1,169 @@
+"""Images, compose file, Prometheus and Grafana: what can be checked without an engine."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from metric_names import known_metrics
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+DASHBOARD = DEPLOY / "grafana" / "dashboards" / "ucray.json"
+
+GRAFANA_VARIABLES = {
+    "$__rate_interval": "5m",
+    "$__range": "1h",
+    "$job": ".*",
+    "$instance": ".*",
+    "$price": "1.0",
+}
+"""What Grafana puts in place of its variables, for example."""
+
+
+def _dockerfile() -> list[list[str]]:
+    """Instructions of the Dockerfile, word by word, continued lines joined."""
+    text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = (line.strip() for line in text.splitlines())
+    return [line.split() for line in lines if line and not line.startswith("#")]
+
+
+def _pinned(package: str) -> str:
+    (version,) = re.findall(rf"^{package}==(\S+)$", (DEPLOY / "constraints.txt").read_text(), re.MULTILINE)
+    return str(version)
+
+
+def _compose() -> Any:
+    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+
+
+def test_the_dockerfile_copies_what_exists() -> None:
+    copied = [words for words in _dockerfile() if words[0] == "COPY"]
+    sources = [word for words in copied for word in words[1:-1] if not word.startswith("--")]
+    assert {"ucray", "pyproject.toml", "deploy/constraints.txt"} <= set(sources)
+    for source in sources:
+        assert (ROOT / source).exists(), source
+
+
+def test_the_dockerfile_pins_what_was_tested_together() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    assert f"ARG RAY={_pinned('ray')}\n" in text
+    assert f'"torch=={_pinned("torch")}+cpu"' in text
+    for words in _dockerfile():
+        if words[:2] == ["RUN", "pip"] and "install" in words:
+            assert "--constraint" in words
+        if words[0] == "FROM":
+            assert words[1].startswith("rayproject/ray:${RAY}-${PYTHON}-")
+
+
+def test_every_image_that_runs_ends_as_a_user_with_a_health_check() -> None:
+    stages: dict[str, list[list[str]]] = {}
+    for words in _dockerfile():
+        if words[0] == "FROM":
+            stages[words[-1]] = []
+        elif stages:
+            stages[list(stages)[-1]].append(words)
+    assert list(stages) == ["wheel", "cpu", "cuda"]
+    for name in ("cpu", "cuda"):
+        assert [words[1] for words in stages[name] if words[0] == "USER"][-1] == "ray"
+        assert [words for words in stages[name] if words[0] == "HEALTHCHECK"]
+
+
+def test_compose_mounts_what_exists_and_listens_on_loopback() -> None:
+    services = _compose()["services"]
+    assert set(services) == {"s3", "head", "worker", "prometheus", "grafana"}
+    named = set(_compose()["volumes"])
+    for name, service in services.items():
+        assert not service["image"].endswith(":latest")
+        assert ":" in service["image"]
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), name
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source in named or (DEPLOY / source).exists(), source
+        for other in service.get("depends_on", {}):
+            assert other in services
+    build = services["head"]["build"]
+    assert (DEPLOY / build["context"] / build["dockerfile"]).samefile(DEPLOY / "Dockerfile")
+
+
+def test_nobody_s_secret_stands_in_the_files() -> None:
+    for name, service in _compose()["services"].items():
+        for key, value in service.get("environment", {}).items():
+            assert "SECRET" not in key or value.startswith("${UCRAY_S3_SECRET:?"), name
+    for path in [*DEPLOY.rglob("*"), *(ROOT / "k8s").rglob("*")]:
+        if path.is_file():
+            assert not re.search(r"AKIA[0-9A-Z]{16}", path.read_text(errors="replace")), path
+
+
+# Grafana
+
+
+def _expressions() -> list[str]:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
+def test_the_dashboard_is_the_provisioned_one() -> None:
+    document = json.loads(DASHBOARD.read_text())
+    assert len({panel["id"] for panel in document["panels"]}) == len(document["panels"])
+    (provider,) = yaml.safe_load(
+        (DEPLOY / "grafana" / "provisioning" / "dashboards" / "ucray.yml").read_text()
+    )["providers"]
+    mounts = dict(m.split(":")[:2] for m in _compose()["services"]["grafana"]["volumes"])
+    assert mounts["./grafana/dashboards"] == provider["options"]["path"]
+    (source,) = yaml.safe_load(
+        (DEPLOY / "grafana" / "provisioning" / "datasources" / "prometheus.yml").read_text()
+    )["datasources"]
+    (chosen,) = (v for v in document["templating"]["list"] if v["name"] == "datasource")
+    assert chosen["current"]["value"] == source["uid"]
+    # Panels side by side do not lie on each other.
+    taken: set[tuple[int, int]] = set()
+    for panel in document["panels"]:
+        at = panel["gridPos"]
+        cells = {(at["x"] + i, at["y"] + j) for i in range(at["w"]) for j in range(at["h"])}
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+
+
+def test_the_dashboard_shows_metrics_that_exist() -> None:
+    ours = known_metrics()
+    # Ray ships dashboards of its own metrics: names that stand there are served.
+    folder = Path(ray.__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"
+    rays = set(re.findall(r"\bray_[a-z_]+", "".join(p.read_text() for p in folder.glob("*.py"))))
+    rays |= {f"ray_{name}" for name in re.findall(r"\bnode_[a-z_]+", "".join(_ray_sources(folder)))}
+    for expression in _expressions():
+        names = set(re.findall(r"\b(?:ucray|ray)_[a-z_]+|\bucray:[a-z0-9_:]+", expression))
+        names -= {"ray_io_group"}
+        assert names, expression
+        assert {name for name in names if name.startswith("ucray")} <= ours, expression
+        assert {name for name in names if name.startswith("ray_")} <= rays, expression
+
+
+def _ray_sources(folder: Path) -> list[str]:
+    return [path.read_text() for path in folder.glob("*.py")]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_prometheus_and_every_expression_by_promtool(tmp_path: Path) -> None:
+    for path in ("prometheus.yml", "rules.yaml"):
+        shutil.copy(DEPLOY / path, tmp_path / path)
+    rules = []
+    for number, expression in enumerate(_expressions()):
+        for name, value in GRAFANA_VARIABLES.items():
+            expression = expression.replace(name, value)
+        rules.append({"record": f"panel:{number}", "expr": expression})
+    (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    for command in (["check", "config", "prometheus.yml"], ["check", "rules", "panels.yaml"]):
+        ended = subprocess.run(
+            ["promtool", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
