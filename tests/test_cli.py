@@ -168,6 +168,19 @@ def test_large_networks_are_refused_where_others_are_to_start_from(
     assert not destination.exists()
 
 
+def test_a_budget_of_memory_is_read_and_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, volume: str
+) -> None:
+    plan = ["compress", volume, str(tmp_path / "a"), "--dry-run", "--shard", "512,512,512"]
+    assert _run(monkeypatch, *plan, "--memory", "2GiB") == 0
+    capsys.readouterr()
+    assert _run(monkeypatch, *plan, "--memory", "1.8GiB") == 2
+    error = capsys.readouterr().err
+    assert "over the budget of 1.8 GiB; the largest that fits is 448,448,448" in error
+    assert _run(monkeypatch, *plan, "--memory", "plenty") == 2
+    assert "SettingsError: --memory plenty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", ["64,2,32,1", "64,2,32,1,4,4", "64,2,32,-1,4", "0,2,32,1,4", "wide"])
 def test_a_student_of_no_size_is_refused(
     monkeypatch: pytest.MonkeyPatch,

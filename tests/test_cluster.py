@@ -79,6 +79,8 @@ def test_ray_and_the_serial_path_write_the_same_bytes(
     assert _bytes(tmp_path / "ray") == _bytes(tmp_path / "serial")
     assert (on_ray.psnr, on_ray.chunks) == (serial.psnr, serial.chunks)
     assert on_ray.shards == 8
+    assert set(serial.peak_memory) == set(on_ray.peak_memory) == {"driver", "read", "encode", "write"}
+    assert all(2**26 < peak < OPTIONS.memory for peak in on_ray.peak_memory.values())
     assert "empty" in on_ray.chunks
     assert events[-1].done == events[-1].total == np.prod(SHAPE)
     found = ucray.verify(str(tmp_path / "ray"), source, workers=2)

@@ -157,6 +157,9 @@ def compress(
     chunk: Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")] = None,
     shard: Annotated[str | None, typer.Option(help="Shard shape, a multiple of the chunk's.")] = None,
     roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What an encode worker may take, as 4GiB; 6GiB by default.")
+    ] = None,
     metrics_port: MetricsPort = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     workers: Workers = 1,
@@ -185,6 +188,7 @@ def compress(
         chunk=None if chunk is None else parse_shape(chunk),
         shard=None if shard is None else parse_shape(shard),
         roi=roi,
+        memory=memory,
     )
     connection = jobs.Connection(endpoint_url, array)
     if dry_run:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ucray.cluster.boxes import write_boxes
+from ucray.cluster.memory import peak_memory
 from ucray.cluster.pipeline import Outcome, RunOptions, on_ray, serially
 from ucray.cluster.plan import CompressPlan
 from ucray.cluster.rate import measure_volume
@@ -38,7 +39,8 @@ class JobReport:
 
     `bytes_out` are all bytes under the archive's prefix less `bytes_weights`, the weights in the
     metadata and beside them; `weights` says where they came from. `psnr` is over the shards of this run;
-    None if it had none to do. `left` are shards that are missing still, because the job was given others
+    None if it had none to do. `peak_memory` is the largest of any process of a stage, and the driver's, in
+    bytes. `left` are shards that are missing still, because the job was given others
     to do.
     """
 
@@ -54,6 +56,7 @@ class JobReport:
     chunks: dict[str, int]
     seconds: float
     stage_seconds: dict[str, float]
+    peak_memory: dict[str, int]
     weights: str = ""
 
     @property
@@ -201,6 +204,7 @@ def _report(
     sizes = dict(sizes)
     kinds: dict[str, int] = {}
     stages: dict[str, float] = {}
+    peaks = {"driver": peak_memory()}
     for outcome in done:
         assert outcome.statistics is not None
         statistics = outcome.statistics
@@ -212,6 +216,8 @@ def _report(
             kinds[chunk.kind] = kinds.get(chunk.kind, 0) + 1
         for stage, took in outcome.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + took
+        for stage, peak in outcome.memory.items():
+            peaks[stage] = max(peak, peaks.get(stage, 0))
     stored, weights = archive_bytes(archive, sizes)
     settings = archive.settings
     return JobReport(
@@ -227,4 +233,5 @@ def _report(
         chunks=kinds,
         seconds=seconds,
         stage_seconds=stages,
+        peak_memory=peaks,
     )

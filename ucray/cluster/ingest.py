@@ -12,6 +12,7 @@ from ray.data import Datasource
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
 
+from ucray.cluster.memory import peak_memory
 from ucray.errors import UcrayError
 from ucray.grid import Box
 from ucray.storage.volume import Volume
@@ -23,7 +24,8 @@ class BoxSource(Datasource):
     """Reads boxes of a volume; one row, one block and one task a box.
 
     Rows have `key` (the box's name), `voxels` (uint8: the bytes in row-major order), `shape`,
-    `read_seconds` and `error`: an unreadable box is a row with an error, not the end of the job.
+    `read_seconds`, `read_memory` (peak of the process, bytes) and `error`: an unreadable box is a row with
+    an error, not the end of the job.
     """
 
     def __init__(self, volume: Volume, boxes: Sequence[tuple[str, Box]]) -> None:
@@ -60,6 +62,7 @@ class BoxSource(Datasource):
                 "voxels": voxels,
                 "shape": np.array(box.shape, np.int64),
                 "read_seconds": time.perf_counter() - started,
+                "read_memory": peak_memory(),
                 "error": error,
             }
             yield row_to_block(row)

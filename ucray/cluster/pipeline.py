@@ -15,6 +15,7 @@ import ray.data
 from pydantic import Field
 
 from ucray.cluster.ingest import BoxSource, Row, one_row, one_row_batch, voxels_of
+from ucray.cluster.memory import peak_memory
 from ucray.cluster.plan import CompressPlan
 from ucray.cluster.session import failure, ray_session, resources
 from ucray.cluster.worker import EncodeJob, ShardEncoder, ShardWriter, WriteJob
@@ -25,6 +26,8 @@ from ucray.settings import Settings
 from ucray.storage.archive import ArchiveSettings
 from ucray.storage.objects import open_objects
 from ucray.storage.shard import ShardStatistics, committed
+
+STAGES = ("read", "encode", "write")
 
 
 class RunOptions(Settings):
@@ -49,14 +52,16 @@ class RunOptions(Settings):
 class Outcome:
     """What became of one shard: the statistics of what is stored, or the error that stopped it.
 
-    `place` says who committed it: "committed" by this attempt, "raced" where another was faster, "found"
-    where it stood there before it was coded.
+    `seconds` and `memory` (peak bytes of the process) are those of each stage. `place` says who committed
+    it: "committed" by this attempt, "raced" where another was faster, "found" where it stood there before
+    it was coded.
     """
 
     index: Shape3
     statistics: ShardStatistics | None
     place: str
     seconds: dict[str, float]
+    memory: dict[str, int]
     error: str
 
 
@@ -80,6 +85,7 @@ def serially(
         except UcrayError as error:
             row["error"] = str(error)
         row["read_seconds"] = time.perf_counter() - started
+        row["read_memory"] = peak_memory()
         yield _outcome(writer.row(encode.row(row)))
 
 
@@ -154,7 +160,9 @@ class _EncodeRow:
             "drafts": _Drafts(drafts),
             "found": found,
             "read_seconds": float(row["read_seconds"]),
+            "read_memory": int(row["read_memory"]),
             "encode_seconds": time.perf_counter() - started,
+            "encode_memory": peak_memory(),
             "error": error,
         }
 
@@ -182,8 +190,11 @@ class _WriteRow:
             "statistics": statistics,
             "place": place,
             "read_seconds": float(row["read_seconds"]),
+            "read_memory": int(row["read_memory"]),
             "encode_seconds": float(row["encode_seconds"]),
+            "encode_memory": int(row["encode_memory"]),
             "write_seconds": time.perf_counter() - started,
+            "write_memory": peak_memory(),
             "error": error,
         }
 
@@ -210,6 +221,7 @@ def _outcome(row: Row) -> Outcome:
         index=_index(row["key"]),
         statistics=ShardStatistics.from_bytes(statistics) if statistics else None,
         place=str(row["place"]),
-        seconds={stage: float(row[f"{stage}_seconds"]) for stage in ("read", "encode", "write")},
+        seconds={stage: float(row[f"{stage}_seconds"]) for stage in STAGES},
+        memory={stage: int(row[f"{stage}_memory"]) for stage in STAGES},
         error=str(row["error"]),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from ucray.config import CodecConfig, config_for_voxels, default_chunk
 from ucray.errors import SettingsError
@@ -48,7 +48,7 @@ class CompressOptions(Settings):
     chunk: Shape3 | None = None
     shard: Shape3 | None = None
     roi: str | None = None
-    memory: Annotated[int, Field(ge=1)] = 6 * 2**30
+    memory: Annotated[ByteSize, Field(ge=1)] = ByteSize(6 * 2**30)
 
 
 @dataclass(frozen=True)
