@@ -26,7 +26,7 @@ from ucray.cli import app
 from ucray.cluster.benchmark import bench
 from ucray.codec.rate import CHUNK_OVERHEAD
 from ucray.codec.weights import Weights
-from ucray.errors import SettingsError
+from ucray.errors import SettingsError, WeightsError
 from ucray.grid import triple
 from ucray.synthetic import synthetic_volume
 
@@ -153,6 +153,13 @@ def test_a_run_measures_ours_and_theirs(tiny_weights: Weights, volume: Voxels) -
     assert student[0].ratio < student[1].ratio
     assert all(p.encode_speed > 0 and p.decode_speed > 0 and -1 <= p.ssim <= 1 for p in found.points)
     assert len([p for p in found.points if p.codec == "SZ3"]) >= 2
+
+
+def test_weights_that_cannot_encode_are_refused_before_a_process_starts(
+    tiny_weights: Weights, volume: Voxels
+) -> None:
+    with pytest.raises(WeightsError, match="no analysis"):
+        VolumeCodec(volume, tiny_weights.decoder(), (32, 32, 32), 0.0)
 
 
 def test_what_cannot_run_is_named(volume: Voxels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from ucray.codec.bitstream import HEADER, Kind, NeuralBody, read_chunk
 from ucray.codec.chunk import DTYPES, ChunkFormat, normalisation
 from ucray.codec.decoder import ChunkDecoder, device_for
 from ucray.codec.encoder import RAW_LEVEL, ChunkEncoder, pack
-from ucray.codec.network import Synthesis
+from ucray.codec.network import Synthesis, stored_synthesis
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES
 from ucray.errors import ChunkError, DtypeError, SettingsError, WeightsError
@@ -73,8 +73,8 @@ def test_decoding_is_what_training_saw(
     """The frozen stream of stage 2, in floats, against bytes, integer tables and stored networks."""
     config = tiny_weights.config
     coder = Coder(config)
-    teacher, student = Synthesis(config, config.teacher), Synthesis(config, config.student)
-    load_weights(tiny_weights, coder, teacher, student)
+    teacher, student = Synthesis(config, config.teacher), stored_synthesis(tiny_weights, "student")
+    load_weights(tiny_weights, coder, teacher)
     values = smooth_volume(FULL, 10)
     # Between the trained points of the quality gain, training does not round it to whole units.
     quality = QUALITIES - 1
@@ -511,6 +511,47 @@ def test_lossless_chunks_of_noisy_tissue(
     np.testing.assert_array_equal(ChunkDecoder(tiny_weights, chunk).decode(packed.data), voxels)
     assert packed.kind is Kind.BOUNDED
     assert len(packed.data) < len(zstd.compress(voxels.tobytes(), RAW_LEVEL))
+
+
+@pytest.mark.parametrize("bound", [0.1, 0.037, 3.0])
+def test_a_bound_on_float_voxels_leaves_room_for_their_last_place(
+    bound: float, tiny_weights: Weights, chunk_format: Formats, smooth_volume: SmoothVolume
+) -> None:
+    """Voxels of 128 to 256: float32 rounds them to 2^-16, and not one may end beyond the bound."""
+    chunk = replace(chunk_format("float32"), offset=190.0, scale=10.0)
+    voxels = np.clip(smooth_volume(FULL, 8) * 10 + 190, 130, 250).astype(np.float32)
+    packed = ChunkEncoder(tiny_weights, chunk, max_error=bound).encode(voxels, QUALITY)
+    decoded = ChunkDecoder(tiny_weights, chunk).decode(packed.data)
+    assert packed.kind is Kind.BOUNDED
+    assert np.abs(decoded.astype(np.float64) - voxels).max() <= bound
+
+
+def test_a_voxel_that_no_residual_reaches_makes_its_chunk_raw(
+    tiny_weights: Weights, chunk_format: Formats, voxels_of: VoxelsOf
+) -> None:
+    chunk = chunk_format("float32")
+    for far in (2.5e15, 1e20):
+        voxels = voxels_of(chunk, FULL, 3)
+        voxels[5, 6, 7] = np.float32(far)
+        packed = ChunkEncoder(tiny_weights, chunk, max_error=0.05).encode(voxels, QUALITY)
+        assert packed.kind is Kind.RAW
+        np.testing.assert_array_equal(ChunkDecoder(tiny_weights, chunk).decode(packed.data), voxels)
+
+
+def test_a_scale_that_overflows_is_no_undefined_voxel(tiny_weights: Weights, chunk_format: Formats) -> None:
+    chunk = chunk_format("uint8")
+    voxels = np.random.default_rng(0).integers(100, 120, FULL).astype(np.uint8)
+    data = encoder_of(tiny_weights, chunk).encode(voxels, QUALITY).data
+    with pytest.raises(ChunkError, match="no numbers"), np.errstate(over="ignore"):
+        ChunkDecoder(tiny_weights, replace(chunk, scale=1e300)).decode(data)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 8192), (2**21, 2**21, 2**21), (4096, 4096, 32)])
+def test_chunks_that_would_take_all_memory_are_refused(
+    shape: Shape3, tiny_weights: Weights, chunk_format: Formats
+) -> None:
+    with pytest.raises(SettingsError, match="too large"):
+        ChunkDecoder(tiny_weights, replace(chunk_format("uint8"), shape=shape))
 
 
 def test_bounded_chunks_of_noise_are_no_larger_than_raw(tiny_weights: Weights, chunk_format: Formats) -> None:

@@ -168,6 +168,23 @@ def test_large_networks_are_refused_where_others_are_to_start_from(
     assert not destination.exists()
 
 
+def test_a_job_that_leaves_shards_out_says_so_by_its_status(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    volume: str,
+    weights_file: str,
+) -> None:
+    nothing = tmp_path / "boxes.json"
+    nothing.write_text("[]")
+    command = ["compress", volume, str(tmp_path / "a"), "--weights", weights_file, "--chunk", "32,16,16"]
+    assert _run(monkeypatch, *command, "--serial", "--json", "--boxes", str(nothing)) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["left"], report["bytes_in"]) == (report["shards"], 0)
+    assert _run(monkeypatch, *command, "--serial", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["left"] == 0
+
+
 def test_a_budget_of_memory_is_read_and_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, volume: str
 ) -> None:

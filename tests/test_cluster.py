@@ -18,7 +18,7 @@ import zarr
 from object_store import ObjectStore
 
 import ucray
-from ucray.cluster.session import ray_session
+from ucray.cluster.session import Resources, ray_session, resources
 from ucray.cluster.telemetry import Telemetry
 from ucray.cluster.worker import ShardEncoder
 from ucray.errors import ArchiveError, DestinationError, JobError, SettingsError, SourceError, WeightsError
@@ -222,6 +222,7 @@ def test_a_job_given_boxes_does_just_these(
     run = ucray.RunOptions(serial=serial, boxes=str(listing))
     report = ucray.compress(source, str(archive), OPTIONS, weights=weights_file, run_options=run)
     assert (report.shards, report.resumed, report.left) == (8, 5, 2)
+    assert report.bytes_in == np.prod(SHAPE) - 32 * 64 * 32 - 8 * 6 * 32
     stored = _bytes(archive)
     assert [index for index in lost if shard_key(index) not in stored] == [(0, 0, 1), (1, 1, 1)]
     assert report.bytes_out + report.bytes_weights == sum(map(len, stored.values()))
@@ -322,7 +323,17 @@ def test_two_workers_train_together_from_weights_of_another_domain(
     ucray.synth(tissue, SHAPE, seed=5)
     settings = ucray.TrainingConfig(teacher_steps=2, student_steps=2, batch=2)
     target = tmp_path / "tuned.safetensors"
-    tuned = ucray.train(tissue, str(target), settings, init=weights_file, workers=2)
+    port, scraped = _free_port(), {}
+
+    def scrape(event: ucray.Event) -> None:
+        scraped.update(_samples(port))
+
+    tuned = ucray.train(
+        tissue, str(target), settings, init=weights_file, workers=2, metrics_port=port, listener=scrape
+    )
+    assert (scraped["ucray_training_steps"], scraped["ucray_training_steps_planned"]) == (4.0, 4.0)
+    assert scraped["ucray_training_student_mse"] > 0.0
+    assert scraped["ucray_training_bits_per_voxel"] == 0.0  # stage 2 has no rate, and stage 1 was not shown
     start = ucray.load_weights(weights_file)
     assert tuned.digest == ucray.load_weights(str(target)).digest != start.digest
     assert tuned.training["start"] == start.digest
@@ -396,6 +407,24 @@ def test_every_kind_of_damage_is_found_and_named(source: str, weights_file: str,
     assert "statistics of shard (0, 0, 0) are missing" in problems()
 
 
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [('"offset":', '"offset":1'), ('"fill_value":0', '"fill_value":1')],
+    ids=["offset", "fill"],
+)
+def test_metadata_that_a_reader_would_go_by_are_checked(
+    source: str, weights_file: str, tmp_path: Path, was: str, now: str
+) -> None:
+    """What zarr decodes follows from the array's metadata alone, whatever the group's settings say."""
+    _serial(source, tmp_path / "a", weights_file)
+    metadata = tmp_path / "a" / "0" / "zarr.json"
+    text = metadata.read_text()
+    assert was in text
+    metadata.write_text(text.replace(was, now, 1))
+    found = ucray.verify(str(tmp_path / "a"), serial=True)
+    assert found.problems == ("0/zarr.json does not say what the archive's settings say",)
+
+
 def test_a_changed_source_is_noticed(source: str, weights_file: str, tmp_path: Path) -> None:
     _serial(source, tmp_path / "a", weights_file)
     changed = tmp_path / "changed.zarr"
@@ -424,7 +453,8 @@ def test_a_sample_looks_into_some_shards_and_lists_all(
     # Damage of one shard in seven is found sooner or later, as every check draws anew.
     (archive / shard_key((0, 0, 0))).write_bytes(b"cut")
     checks = (ucray.verify(str(archive), sample=2, serial=True) for _ in range(60))
-    assert any("is cut" in problem for found in checks for problem in found.problems)
+    cut = next(found for found in checks if any("is cut" in problem for problem in found.problems))
+    assert cut.damaged_below is None
 
 
 def test_nothing_is_no_archive(tmp_path: Path) -> None:
@@ -498,31 +528,40 @@ def test_a_broken_bound_is_found(source: str, weights_file: str, tmp_path: Path)
 # Metrics
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _samples(port: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
 def test_metrics_are_served_while_a_job_runs_and_no_longer(
     source: str, weights_file: str, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    scraped: list[str] = []
+    port = _free_port()
+    scraped: list[dict[str, float]] = []
 
     def scrape(event: ucray.Event) -> None:
         if event.stage == "compress":
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-                scraped.append(answer.read().decode())
+            scraped.append(_samples(port))
 
     run = ucray.RunOptions(serial=True, metrics_port=port)
     report = ucray.compress(
         source, str(tmp_path / "a"), OPTIONS, weights=weights_file, run_options=run, listener=scrape
     )
-    last = dict(line.rsplit(" ", 1) for line in scraped[-1].splitlines() if not line.startswith("#"))
-    assert float(last["ucray_bytes_in_total"]) == report.bytes_in
-    assert float(last["ucray_shards_planned"]) == report.shards
-    assert float(last['ucray_shards_total{outcome="committed"}']) == report.shards
+    last = scraped[-1]
+    assert last["ucray_bytes_in_total"] == report.bytes_in
+    assert last["ucray_shards_planned"] == report.shards
+    assert last['ucray_shards_total{outcome="committed"}'] == report.shards
     for kind, count in report.chunks.items():
-        assert float(last[f'ucray_chunks_total{{kind="{kind}"}}']) == count
+        assert last[f'ucray_chunks_total{{kind="{kind}"}}'] == count
     for stage in ("read", "encode", "write"):
-        assert float(last[f'ucray_stage_seconds_count{{stage="{stage}"}}']) == report.shards
+        assert last[f'ucray_stage_seconds_count{{stage="{stage}"}}'] == report.shards
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
@@ -536,6 +575,13 @@ def test_a_taken_metrics_port_is_refused() -> None:
             Telemetry().served(taken.getsockname()[1]),
         ):
             pass
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (2.5, 2), (8.0, 8)])
+def test_a_worker_asks_for_the_cores_it_is_said_to_take(cpus: float, threads: int) -> None:
+    """No Ray is asked: a cluster that grows has no nodes yet."""
+    assert resources(64, use_gpu=True, cpus=cpus) == Resources({"CPU": cpus, "GPU": 1.0}, threads)
+    assert resources(64, use_gpu=False, cpus=cpus) == Resources({"CPU": cpus}, threads)
 
 
 def test_missing_weights_are_named(source: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ucray.cli import app
 
 ROOT = Path(__file__).parents[1]
 CRDS = Path(os.environ.get("UCRAY_TEST_CRDS", ROOT.parent / "shared" / "kuberay-crds"))
-KUSTOMIZATIONS = ("base", "overlays/cpu-small", "overlays/gpu", "overlays/spot-gpu")
+KUSTOMIZATIONS = tuple(f"overlays/{name}" for name in ("cpu", "cpu-small", "gpu", "spot-gpu"))
 KUBERAY = {"RayJob": "rayjobs", "RayCluster": "rayclusters"}
 MODES = {"K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"}
 
@@ -102,7 +102,7 @@ def test_ray_s_objects_fit_kuberay_s_schemas(kustomization: str) -> None:
 @needs_kubectl
 @needs_crds
 def test_an_unknown_field_would_be_refused() -> None:
-    (cluster,) = of_kind("base", "RayCluster")
+    (cluster,) = of_kind(KUSTOMIZATIONS[0], "RayCluster")
     spoilt = yaml.safe_load(yaml.safe_dump(cluster))
     spoilt["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imagePolicy"] = "Always"
     with pytest.raises(jsonschema.ValidationError, match="imagePolicy"):
@@ -156,11 +156,34 @@ def test_clusters_are_fit_for_the_work(kustomization: str) -> None:
             assert not container["securityContext"]["allowPrivilegeEscalation"]
             (shared,) = (v["emptyDir"] for v in pod["volumes"] if v["name"] == "shm")
             assert shared["medium"] == "Memory"
+            # Ray takes 30 % of the memory for its object store, but no more than this without being told.
+            wanted = min(
+                0.3 * _bytes(given["limits"]["memory"]), max(10e9, 0.95 * _bytes(shared["sizeLimit"]))
+            )
+            assert wanted <= 0.98 * _bytes(shared["sizeLimit"]), (name, group.get("groupName", "head"))
             assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
             assert {"containerPort": 8080, "name": "metrics"} in container["ports"]
         for group in cluster["workerGroupSpecs"]:
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     assert names == {"ucray", "ucray-compress", "ucray-train"}
+
+
+def _bytes(quantity: str) -> int:
+    assert quantity.endswith("Gi")
+    return int(quantity.removesuffix("Gi")) * 2**30
+
+
+@needs_kubectl
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_each_head_is_kept_from_being_drained(kustomization: str) -> None:
+    heads = dict(clusters(kustomization))
+    for budget in of_kind(kustomization, "PodDisruptionBudget"):
+        wanted = budget["spec"]["selector"]["matchLabels"]
+        name = budget["metadata"]["name"].removesuffix("-head").replace("ucray-cluster", "ucray")
+        labels = heads.pop(name)["headGroupSpec"]["template"]["metadata"]["labels"]
+        # KubeRay adds its own label to what the template says.
+        assert wanted == {**labels, "ray.io/node-type": "head"}
+    assert not heads
 
 
 @needs_kubectl

@@ -19,6 +19,7 @@ from ucray.codec.context import TABLES
 from ucray.codec.entropy import FrequencyTables
 from ucray.codec.residual import (
     Reference,
+    Residual,
     apply_residual,
     decode_residual,
     encode_residual,
@@ -42,11 +43,22 @@ def frequencies(tiny_weights: Weights) -> FrequencyTables:
     return tiny_weights.stream.frequencies
 
 
+def _residual(
+    voxels: npt.NDArray[Any],
+    predicted: npt.NDArray[np.float64],
+    bound: float,
+    kept: npt.NDArray[np.bool_] = EVERYWHERE,
+) -> Residual:
+    residual = residual_of(voxels, kept, predicted, bound, CELL)
+    assert residual is not None
+    return residual
+
+
 def through(
     voxels: npt.NDArray[Any], predicted: npt.NDArray[np.float64], bound: float, tables: FrequencyTables
 ) -> npt.NDArray[Any]:
     """Voxels after residual, entropy coder and back."""
-    body = encode_residual(residual_of(voxels, EVERYWHERE, predicted, bound, CELL), tables)
+    body = encode_residual(_residual(voxels, predicted, bound), tables)
     residual = decode_residual(body, tables, 8, 32)
     return np.asarray(apply_residual(predicted, residual, str(voxels.dtype), CELL))
 
@@ -86,9 +98,17 @@ def test_float_voxels_stay_within_their_bound(
 
 def test_voxels_that_do_not_count_cost_nothing(frequencies: FrequencyTables) -> None:
     voxels = np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8)
-    residual = residual_of(voxels, np.zeros(SHAPE, bool), np.zeros(SHAPE), 0.0, CELL)
+    residual = _residual(voxels, np.zeros(SHAPE), 0.0, np.zeros(SHAPE, bool))
     assert not residual.values.any()
     assert len(encode_residual(residual, frequencies).words) == 0
+
+
+@pytest.mark.parametrize("far", [2.5e15, 1e20, 3e38], ids=str)
+def test_residuals_that_no_chunk_can_hold_are_none(far: float) -> None:
+    """One voxel that far from its prediction: beyond 31 bits, 53 bits, and 63 bits."""
+    voxels = np.random.default_rng(0).random(SHAPE).astype(np.float32)
+    voxels[1, 2, 3] = far
+    assert residual_of(voxels, EVERYWHERE, np.zeros(SHAPE), 0.05, CELL) is None
 
 
 def test_a_prediction_is_exact_in_any_order() -> None:
@@ -119,7 +139,7 @@ def test_damaged_bodies_are_refused(frequencies: FrequencyTables, shift: int) ->
     random = np.random.default_rng(2)
     voxels = random.integers(0, 60000, SHAPE).astype(np.uint16)
     predicted = voxels.astype(np.float64) + np.rint(random.normal(0, 400 if shift else 5, SHAPE))
-    body = encode_residual(residual_of(voxels, EVERYWHERE, predicted, 0.0, CELL), frequencies)
+    body = encode_residual(_residual(voxels, predicted, 0.0), frequencies)
     assert (body.shift > 0) == (shift > 0)
     full = bytes(zstd.compress(bytes([TABLES]) * 8, 1))
     spoilt: list[ResidualBody] = [
@@ -128,6 +148,7 @@ def test_damaged_bodies_are_refused(frequencies: FrequencyTables, shift: int) ->
         replace(body, tables=bytes(zstd.compress(b"\1" * 9, 1))),
         replace(body, low=body.low + b"\0"),
         replace(body, shift=body.shift + 1),
+        replace(body, max_error=1.5e308),
         replace(body, shift=255),
         replace(body, max_error=float("nan")),
         replace(body, max_error=-1.0),

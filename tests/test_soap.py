@@ -66,6 +66,19 @@ def test_a_step_is_as_large_as_adams(shape: tuple[int, ...]) -> None:
     assert 0.001 < max(moved[1:]) < 0.02
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12, 3e-6])
+def test_gradients_however_small_leave_numbers(size: float) -> None:
+    """A network that hardly matters: its covariances are tiny and of low rank."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.ones(48, 48))
+    soap = Soap([{"params": [parameter]}], lr=0.01)
+    for _ in range(25):
+        left, right = (torch.randn(48, 2, generator=generator) for _ in range(2))
+        parameter.grad = size * (left @ right.T)
+        soap.step()
+    assert torch.isfinite(parameter).all()
+
+
 def test_parameters_without_a_gradient_stay() -> None:
     parameter = nn.Parameter(torch.ones(2, 2))
     Soap([{"params": [parameter]}], lr=0.1).step()

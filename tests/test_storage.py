@@ -273,7 +273,22 @@ def test_statistics_go_through_bytes_and_back() -> None:
     assert ShardStatistics.from_bytes(data) == statistics
     assert json.loads(gzip.decompress(data))["crc32c"] == statistics.crc32c
     endless = gzip.compress(b" " * (LARGEST_STATISTICS + 1))
-    for damaged in (b"", b"{}", gzip.compress(b"{}"), data[:-5], data + b"\0", endless):
+    document = json.loads(gzip.decompress(data))
+    misfits = [
+        gzip.compress(json.dumps(document | {"chunks": document["chunks"] | {name: column}}).encode())
+        for name, column in (("slot", [[1]]), ("voxels", ["a"]), ("mse", [None]), ("bytes", [1e999]))
+    ]
+    nested = gzip.compress(b"[" * 100_000)
+    for damaged in (
+        b"",
+        b"{}",
+        gzip.compress(b"{}"),
+        data[:-5],
+        data + b"\0",
+        endless,
+        nested,
+        *misfits,
+    ):
         with pytest.raises(ArchiveError):
             ShardStatistics.from_bytes(damaged)
 
@@ -292,11 +307,23 @@ def test_a_cut_or_changed_index_is_found() -> None:
         split(data[:20], GRID)
 
 
-def test_an_index_that_points_past_the_end_is_found() -> None:
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({3: (2, 1000)}, "slot 3"),
+        ({3: (2, 0)}, "slot 3"),
+        ({3: (2**63, 2**63)}, "slot 3"),
+        ({2: (0, 4), 3: (0, 4)}, "several chunks in one place"),
+    ],
+)
+def test_an_index_that_points_to_no_chunks_of_its_own_is_found(
+    entries: dict[int, tuple[int, int]], message: str
+) -> None:
     table = np.full((8, 2), 2**64 - 1, dtype="<u8")
-    table[3] = 2, 1000
+    for slot, entry in entries.items():
+        table[slot] = entry
     footer = table.tobytes()
-    with pytest.raises(ArchiveError, match="slot 3"):
+    with pytest.raises(ArchiveError, match=message):
         split(b"abcd" + footer + google_crc32c.value(footer).to_bytes(4, "little"), GRID)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from ucray.codec.context import LARGEST_STEP
-from ucray.codec.prior import lambda_of, rate_in_bits
+from ucray.codec.context import FEATURE_UNITS, LARGEST_FEATURE, LARGEST_STEP
+from ucray.codec.prior import ContextPrior, lambda_of, rate_in_bits
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES, CodecConfig, SynthesisConfig
 from ucray.errors import SettingsError, SourceError, WeightsError
@@ -155,6 +155,36 @@ def test_a_latent_whose_gain_ran_away_costs_nobody_the_training(
         trainer.coder.prior.log_gain[0, -1] = trainer.coder.prior.log_gain[:, -1].max() - 30.0
     step = trainer.finish([sampler().draw(2)], {}).stream.context.step
     assert step[0, -1] == step.max() == LARGEST_STEP
+
+
+def test_training_sees_features_as_coding_does(tiny_config: CodecConfig) -> None:
+    """Codebook vectors and latents far beyond what a feature may be, and qualities between units."""
+    torch.manual_seed(0)
+    prior = ContextPrior(tiny_config)
+    for network in prior.networks:
+        torch.nn.init.normal_(list(network.parameters())[-2], std=0.3)
+    y = torch.randn(1, tiny_config.latents, 4, 4, 4)
+    vectors = 5.0 * torch.randn(1, tiny_config.code_width, 2, 2, 2)
+    quality = torch.tensor([128.0])
+    limit = LARGEST_FEATURE / FEATURE_UNITS
+    cut = (vectors * FEATURE_UNITS).round().clamp(-LARGEST_FEATURE, LARGEST_FEATURE) / FEATURE_UNITS
+    assert (prior(y, cut, quality).bits == prior(y, vectors, quality).bits).all()
+    far = prior(y, vectors.sign() * 1e6, quality).bits
+    assert (far == prior(y, vectors.sign() * limit, quality).bits).all()
+    assert (far != prior(y, cut, quality).bits).all()
+    # A thirty-second of the range is one unit: 128.0 and 128.4 lie in the same.
+    with torch.no_grad():
+        prior.log_gain.zero_()
+    near = prior(y, cut, torch.tensor([128.4])).bits
+    assert (near == prior(y, cut, quality).bits).all()
+
+
+def test_codebook_vectors_learn_through_the_rounding_of_features(tiny_config: CodecConfig) -> None:
+    prior = ContextPrior(tiny_config)
+    vectors = torch.randn(1, tiny_config.code_width, 2, 2, 2, requires_grad=True)
+    prior(torch.randn(1, tiny_config.latents, 4, 4, 4), vectors, torch.tensor([100.0])).bits.sum().backward()
+    assert vectors.grad is not None
+    assert (vectors.grad != 0).any()
 
 
 def test_weights_of_another_shape_cannot_start_a_run(tiny_weights: Weights) -> None:

@@ -6,20 +6,22 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.numpy import save
 
 from ucray.codec.context import FEATURE_UNITS, TABLES
 from ucray.codec.entropy import TOTAL
-from ucray.codec.network import Analysis, Synthesis, load_network
+from ucray.codec.network import Analysis, Synthesis, load_network, stored_synthesis
 from ucray.codec.stream import StreamModel
+from ucray.codec.wavelet import WaveletPacket
 from ucray.codec.weights import FORMAT, SCALE, Array, Weights, stream_tensors
 from ucray.config import CodecConfig
-from ucray.errors import WeightsError
+from ucray.errors import SettingsError, WeightsError
+from ucray.grid import Shape3
 from ucray.training.calibrate import freeze, load_weights
 from ucray.training.loss import Coder
 
@@ -78,7 +80,7 @@ def test_digest_depends_on_every_tensor_and_on_the_configuration(tiny_weights: W
         changed = array.copy()
         changed.reshape(-1)[-1] = 0 if changed.reshape(-1)[-1] else 1
         digests.add(Weights(tiny_weights.config, dict(tiny_weights.tensors) | {name: changed}).digest)
-    other = msgspec.structs.replace(tiny_weights.config, wavelet="db2")
+    other = replace(tiny_weights.config, wavelet="db2")
     digests.add(Weights(other, tiny_weights.tensors).digest)
     assert len(digests) == len(tiny_weights.tensors) + 2
 
@@ -172,6 +174,7 @@ def test_foreign_safetensors_are_refused(tiny_weights: Weights) -> None:
         {"config": {}},
         {"config": {"latents": -1}, "training": {}},
         {"config": {"pickle": "yes"}, "training": {}},
+        {"config": {}, "training": 5},
         {"config": {"levels": [2, 2]}, "training": {}},
     ],
     ids=str,
@@ -314,6 +317,47 @@ def test_eight_bits_keep_a_student_s_matrices(tiny_weights: Weights) -> None:
         assert set(rows[rows > 0]) == {127}, name
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"latent_width": 4096, "latent_blocks": 64},
+        {"grid_width": 4096, "grid_blocks": 1},
+        {"inr_width": 4096},
+    ],
+)
+def test_a_network_far_larger_than_its_tensors_is_never_built(
+    tiny_weights: Weights, sizes: dict[str, int]
+) -> None:
+    config = replace(tiny_weights.config, student=replace(tiny_weights.config.student, **sizes))
+    with pytest.raises(WeightsError, match="does not fit its configuration"):
+        stored_synthesis(Weights(config, tiny_weights.tensors), "student")
+
+
+@pytest.mark.parametrize(
+    ("wavelet", "levels"), [("db4", (4, 4, 4)), ("db2", (4, 4, 4)), ("coif17", (2, 2, 2))]
+)
+def test_wavelets_that_would_take_all_memory_are_refused(wavelet: str, levels: Shape3) -> None:
+    with pytest.raises(SettingsError, match="wavelet"):
+        WaveletPacket(wavelet, levels)
+
+
+def test_more_latents_than_a_cell_can_hold_are_refused(tiny_weights: Weights) -> None:
+    config = replace(tiny_weights.config, groups=(4096,) * 16)
+    with pytest.raises(WeightsError, match="65536 latents"):
+        Weights(config, tiny_weights.tensors).check_stream()
+
+
+def test_metadata_that_lead_a_parser_astray_are_refused(tiny_weights: Weights) -> None:
+    nested = "[" * 100_000
+    for text in (nested, '{"config": ' + nested):
+        data = bytes(save(dict(tiny_weights.tensors), metadata={FORMAT: text}))
+        with pytest.raises(WeightsError, match="does not parse"):
+            Weights.from_bytes(data)
+    none = b'{"__metadata__":null}'
+    with pytest.raises(WeightsError):
+        Weights.from_bytes(len(none).to_bytes(8, "little") + none)
+
+
 @pytest.mark.parametrize("scale", [None, np.ones(3, np.float32), np.ones((1, 1), np.float32)])
 def test_a_scale_that_does_not_fit_is_refused(tiny_weights: Weights, scale: Array | None) -> None:
     name = "student.linear.weight" + SCALE
@@ -339,7 +383,7 @@ def test_frozen_networks_are_those_of_the_file(tiny_weights: Weights) -> None:
     """Stage 2 distils against the frozen stream; it must be the one that decoders will see."""
     config: CodecConfig = tiny_weights.config
     coder = Coder(config)
-    load_weights(tiny_weights, coder, Synthesis(config, config.teacher), Synthesis(config, config.student))
+    load_weights(tiny_weights, coder, Synthesis(config, config.teacher))
     with torch.no_grad():
         for tensor in (*coder.analysis.parameters(), *coder.analysis.buffers(), coder.codebook.entries):
             tensor.add_(1e-5 * torch.ones_like(tensor))
@@ -356,7 +400,7 @@ def test_training_goes_on_from_the_stored_tables(tiny_weights: Weights) -> None:
     """Loaded into the trainable prior and rounded again, every table is what it was."""
     config = tiny_weights.config
     coder = Coder(config)
-    load_weights(tiny_weights, coder, Synthesis(config, config.teacher), Synthesis(config, config.student))
+    load_weights(tiny_weights, coder, Synthesis(config, config.teacher))
     context = coder.prior.to_integers(coder.codebook.entries)
     again = stream_tensors(StreamModel(context, tiny_weights.stream.frequencies))
     for name, array in tiny_weights.part("stream", keep_prefix=True).items():

@@ -268,6 +268,8 @@ def test_tampered_weights_are_refused(
         {"quality": 256},
         {"quality": -1},
         {"quality": [1]},
+        {"quality": float("inf")},
+        {"offset": 10**400},
         {"weights": {}},
         {"weights": None},
         {"weights": "fib25"},

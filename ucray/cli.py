@@ -85,7 +85,7 @@ def train(
         str | None,
         typer.Option(
             help="Size of the student, which decodes: width and blocks on latents, then on wavelet cells, "
-            "width of the INR, as 64,2,32,1,4. Another size than that of --init starts it anew."
+            "width of the INR, as 32,1,16,1,4. Another size than that of --init starts it anew."
         ),
     ] = None,
     workers: Workers = 1,
@@ -171,7 +171,10 @@ def compress(
         str, typer.Option(help="File for boxes that failed.")
     ] = "ucray-failed-boxes.json",
     boxes: Annotated[
-        str | None, typer.Option(help="Do just the shards that such a file of an earlier run lists.")
+        str | None,
+        typer.Option(
+            help="Do just the shards that such a file lists; exits with 1 while others are missing."
+        ),
     ] = None,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
@@ -215,6 +218,8 @@ def compress(
             listener=listener,
         )
     _print(dataclasses.asdict(report) | {"ratio": report.ratio}, as_json)
+    if report.left:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -39,7 +39,7 @@ class SynthesisConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def parse(cls, text: str) -> SynthesisConfig:
-        """From its numbers in their order, as "64,2,32,1,4"; raises SettingsError where they are others."""
+        """From its numbers in their order, as "32,1,16,1,4"; raises SettingsError where they are others."""
         names = cls.__struct_fields__
         parts = text.split(",")
         try:
@@ -76,7 +76,7 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         latent_width=96, latent_blocks=3, grid_width=32, grid_blocks=2, inr_width=8
     )
     student: SynthesisConfig = SynthesisConfig(
-        latent_width=64, latent_blocks=2, grid_width=32, grid_blocks=1, inr_width=4
+        latent_width=32, latent_blocks=1, grid_width=16, grid_blocks=1, inr_width=4
     )
 
     @classmethod

@@ -1,7 +1,7 @@
 """The zarr v3 codec `ucray`: chunks of an archive, decoded by any zarr reader that has ucray.
 
 zarr finds the class by its entry point, so `zarr.open_group(archive)["0"][...]` is all a reader
-needs. The configuration in zarr.json holds the decoder's weights, or names shipped ones.
+needs. The configuration in zarr.json holds the decoder's weights.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class UcrayCodec(ArrayBytesCodec):
             max_error = None if bound is None else float(bound)
             stored = configuration["weights"]
             packed, size, digest = stored["zstd"], int(stored["bytes"]), stored["digest"]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise ArchiveError("the codec's configuration in zarr.json is incomplete") from None
         if not 0 <= quality < QUALITIES:
             raise ArchiveError(f"the codec's quality in zarr.json is {quality}, not 0 to {QUALITIES - 1}")

@@ -53,8 +53,9 @@ class VolumeCodec:
         offset, scale = normalisation([volume], fill_value)
         self._format = ChunkFormat(chunk, str(volume.dtype), fill_value, offset, scale)
         self._volume = volume
-        self._weights = weights
         self._boxes = list(blocks(triple(iter(volume.shape)), chunk))
+        # What is refused is refused here: a pool starts a process that cannot begin over and over.
+        self._encoder = ChunkEncoder(weights, self._format)
         # What the processes must load and build is done before anything is timed.
         context = multiprocessing.get_context("spawn")
         ready = context.Barrier(PROCESSES + 1)
@@ -84,8 +85,7 @@ class VolumeCodec:
     def _searched(self) -> tuple[ChunkEncoder, list[Prepared]]:
         """An encoder, and the sample of the chunks."""
         picked = self._boxes[:: max(1, len(self._boxes) // SEARCHED)]
-        encoder = ChunkEncoder(self._weights, self._format)
-        return encoder, encoder.prepare([self._volume[box.slices] for box in picked])
+        return self._encoder, self._encoder.prepare([self._volume[box.slices] for box in picked])
 
     def encode(self, quality: int) -> Coded:
         """All chunks."""

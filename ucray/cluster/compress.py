@@ -35,13 +35,13 @@ from ucray.storage.shard import present_shards, shard_key, statistics_key
 
 @dataclass(frozen=True)
 class JobReport:
-    """A compress job that ended well.
+    """A compress job that did what it was asked to.
 
-    `bytes_out` are all bytes under the archive's prefix less `bytes_weights`, the weights in the
+    `bytes_in` are the voxels of the shards that stand there. `bytes_out` are all bytes under the archive's
+    prefix, as listed when the run began and added to by it, less `bytes_weights`, the weights in the
     metadata and beside them; `weights` says where they came from. `psnr` is over the shards of this run;
     None if it had none to do. `peak_memory` is the largest of any process of a stage, and the driver's, in
-    bytes. `left` are shards that are missing still, because the job was given others
-    to do.
+    bytes. `left` are shards that are missing still, because the job was given others to do.
     """
 
     archive: str
@@ -128,6 +128,7 @@ def run(
     weights: Weights,
     options: RunOptions,
     endpoint_url: str | None,
+    telemetry: Telemetry,
     listener: Listener,
     *,
     chosen: Collection[Shape3] | None = None,
@@ -151,26 +152,24 @@ def run(
         settings,
         weights.decoder(bounded=settings.max_error is not None).to_bytes(),
     )
-    telemetry = Telemetry()
-    telemetry.planned(plan.shard_count, len(present))
+    telemetry.planned(len(present) + len(missing), len(present))
     way = serially if options.serial else on_ray
     done: list[Outcome] = []
     bytes_in = bytes_out = 0
-    with telemetry.served(options.metrics_port):
-        total = sum(settings.grid.shard_box(index).voxels for index in missing)
-        total *= np.dtype(settings.dtype).itemsize
-        listener(Event("compress", 0, total))
-        for outcome in way(plan, settings, weights, write, options, missing):
-            done.append(outcome)
-            if outcome.statistics is None:
-                telemetry.failed()
-                continue
-            telemetry.stored(outcome.statistics, settings.data_range, outcome.seconds, outcome.place)
-            bytes_in += outcome.statistics.bytes_in
-            bytes_out += outcome.statistics.bytes_out
-            listener(Event("compress", bytes_in, total, f"ratio {bytes_in / bytes_out:.1f}"))
+    total = sum(settings.grid.shard_box(index).voxels for index in missing)
+    total *= np.dtype(settings.dtype).itemsize
+    listener(Event("compress", 0, total))
+    for outcome in way(plan, settings, weights, write, options, missing):
+        done.append(outcome)
+        if outcome.statistics is None:
+            telemetry.failed()
+            continue
+        telemetry.stored(outcome.statistics, settings.data_range, outcome.seconds, outcome.place)
+        bytes_in += outcome.statistics.bytes_in
+        bytes_out += outcome.statistics.bytes_out
+        listener(Event("compress", bytes_in, total, f"ratio {bytes_in / bytes_out:.1f}"))
     _refuse_failed(plan, done, missing, options.failed_boxes)
-    return _report(archive, sizes, done, present, len(absent), time.perf_counter() - started)
+    return _report(archive, sizes, done, present, absent, time.perf_counter() - started)
 
 
 def archive_bytes(archive: Archive, sizes: Mapping[str, int]) -> tuple[int, int]:
@@ -197,7 +196,7 @@ def _report(
     sizes: Mapping[str, int],
     done: Sequence[Outcome],
     present: Collection[Shape3],
-    absent: int,
+    absent: Sequence[Shape3],
     seconds: float,
 ) -> JobReport:
     error = ErrorSum()
@@ -220,12 +219,15 @@ def _report(
             peaks[stage] = max(peak, peaks.get(stage, 0))
     stored, weights = archive_bytes(archive, sizes)
     settings = archive.settings
+    stand = {outcome.index for outcome in done}
+    left = [index for index in absent if index not in stand]
+    voxels_left = sum(settings.grid.shard_box(index).voxels for index in left)
     return JobReport(
         archive=archive.objects.url,
-        shards=len(present) + absent,
+        shards=len(present) + len(absent),
         resumed=len(present),
-        left=absent - len(done),
-        bytes_in=settings.bytes_in,
+        left=len(left),
+        bytes_in=settings.bytes_in - voxels_left * np.dtype(settings.dtype).itemsize,
         bytes_out=stored,
         bytes_weights=weights,
         psnr=error.psnr(settings.data_range) if done else None,

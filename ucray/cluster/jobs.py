@@ -17,7 +17,7 @@ from ucray.cluster.decompress import Decompressed, decompress_archive
 from ucray.cluster.pipeline import RunOptions
 from ucray.cluster.plan import CompressOptions, CompressPlan, config_for, plan_compress
 from ucray.cluster.session import ray_session
-from ucray.cluster.telemetry import Event, Listener, Telemetry, ignore
+from ucray.cluster.telemetry import Listener, Telemetry, ignore
 from ucray.cluster.train import train as train_on_ray
 from ucray.cluster.verify import Verification, verify_archive
 from ucray.codec.shipped import shipped_for, shipped_names, shipped_weights
@@ -136,13 +136,20 @@ def compress(
         training = training or TrainingConfig()
     decided = plan_compress(volume, start.config if start else config_for(volume), options)
     chosen = None if run_options.boxes is None else read_boxes(decided, run_options.boxes)
-    if start is not None and training is None:
-        used = start
-    else:
-        assert training is not None
-        used = _trained(decided, objects, training, start, run_options, listener)
-    archive = prepare(decided, objects, used, training, run_options.device, listener)
-    report = run(decided, archive, used, run_options, connection.endpoint_url, listener, chosen=chosen)
+    telemetry = Telemetry()
+    with telemetry.served(run_options.metrics_port):
+        if start is not None and training is None:
+            used = start
+        else:
+            assert training is not None
+            follow = telemetry.following(listener)
+            used = _trained(decided, objects, training, start, run_options, follow)
+        # Workers may have GPUs that this process has not: what it measures, it measures with what it has.
+        device = run_options.device if run_options.serial else "auto"
+        archive = prepare(decided, objects, used, training, device, listener)
+        report = run(
+            decided, archive, used, run_options, connection.endpoint_url, telemetry, listener, chosen=chosen
+        )
     return replace(report, weights=_origin(weights, training))
 
 
@@ -176,11 +183,6 @@ def train(
         raise SettingsError("--large sizes new networks; those of --init have their size")
     start = load_weights(init, connection.endpoint_url) if init is not None else None
     telemetry = Telemetry()
-
-    def follow(event: Event) -> None:
-        telemetry.trained(event)
-        listener(event)
-
     with ray_session(), telemetry.served(metrics_port):
         weights = train_on_ray(
             volume,
@@ -195,7 +197,7 @@ def train(
             worker_cpus=worker_cpus,
             use_gpu=use_gpu,
             storage=storage,
-            listener=follow,
+            listener=telemetry.following(listener),
         )
     if not folder.put_new(name, weights.to_bytes()):
         raise DestinationError(f"{destination} appeared while training; the new weights are not kept")

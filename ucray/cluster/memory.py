@@ -10,10 +10,12 @@ from pathlib import Path
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes; shared memory that it looked at included."""
     try:
-        status = Path("/proc/self/status").read_text()
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        # What a process inherited from the one that forked it counts here; Linux' own figure starts anew.
-        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return largest if sys.platform == "darwin" else largest * 1024
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+        lines = []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    # Not on Linux, or in a sandbox; here counts too what the process that forked this one had.
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024

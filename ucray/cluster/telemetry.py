@@ -45,6 +45,9 @@ class Telemetry:
         self._bytes_out = Counter("ucray_bytes_out", "Bytes of shards written", registry=registry)
         self._chunks = Counter("ucray_chunks", "Chunks coded, by kind", ["kind"], registry=registry)
         self._shards = Counter("ucray_shards", "Shards, by outcome", ["outcome"], registry=registry)
+        # A series that began with its first failure would hide it from `increase`.
+        for outcome in ("committed", "raced", "found", "resumed", "failed"):
+            self._shards.labels(outcome)
         self._planned = Gauge("ucray_shards_planned", "Shards of the archive", registry=registry)
         self._stage = Histogram(
             "ucray_stage_seconds",
@@ -76,7 +79,7 @@ class Telemetry:
         )
 
     def planned(self, shards: int, present: int) -> None:
-        """The job's size, and how many shards an earlier run had committed."""
+        """Shards that there will be, and how many of them an earlier run had committed."""
         self._planned.set(shards)
         self._shards.labels("resumed").inc(present)
 
@@ -100,12 +103,17 @@ class Telemetry:
         """One shard could not be read, coded or written."""
         self._shards.labels("failed").inc()
 
-    def trained(self, event: Event) -> None:
-        """A step of training, as it is told to a listener."""
-        self._steps.set(event.done)
-        self._all_steps.set(event.total)
-        for name, value in event.figures.items():
-            self._training[name].set(value)
+    def following(self, listener: Listener) -> Listener:
+        """A listener of training that keeps the metrics up to date and tells another."""
+
+        def follow(event: Event) -> None:
+            self._steps.set(event.done)
+            self._all_steps.set(event.total)
+            for name, value in event.figures.items():
+                self._training[name].set(value)
+            listener(event)
+
+        return follow
 
     @contextmanager
     def served(self, port: int | None) -> Iterator[None]:

@@ -6,6 +6,8 @@ from them; rank 0 writes checkpoints, from which a killed group goes on.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import tempfile
 import threading
@@ -27,6 +29,7 @@ import torch
 from msgspec.structs import replace
 from ray.train import Checkpoint, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ucray.cluster.ingest import BoxSource, one_row, voxels_of
 from ucray.cluster.plan import config_for, sample_boxes, training_boxes
@@ -51,6 +54,9 @@ TILES_PER_WORKER = 8
 
 CALIBRATION_BATCHES = 32
 SHOWN_STEPS = 4
+BOARD_SECONDS = 10.0
+"""How long the driver waits for figures of the training."""
+
 CHECKPOINT_STEPS = 200
 STATE_FILE = "trainer.safetensors"
 WEIGHTS_FILE = "weights.safetensors"
@@ -77,6 +83,13 @@ class TrainingJob:
     start: Weights | None
     record: dict[str, Any]
     threads: int
+
+    @property
+    def identity(self) -> str:
+        """Names the run in its storage: only a run of the same sources and settings goes on from it."""
+        document = {k: v for k, v in self.record.items() if k != "workers"}
+        document |= {"config": self.config.to_json(), "chunk": self.chunk}
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def train(
@@ -192,7 +205,7 @@ def _fit(
                 num_workers=workers, use_gpu=use_gpu, resources_per_worker=given.per_worker
             ),
             run_config=RunConfig(
-                name=f"ucray-{job.settings.seed}",
+                name=f"ucray-{job.identity}",
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=2),
@@ -268,6 +281,8 @@ def _work(loop: dict[str, Any]) -> None:
     files = {}
     if rank == 0:
         batches = [sampler.draw(job.settings.batch) for _ in range(CALIBRATION_BATCHES)]
+        # A worker that is lost between here and the end goes on from here.
+        files[STATE_FILE] = trainer.to_bytes()
         files[WEIGHTS_FILE] = trainer.finish(batches, job.record).to_bytes()
     _report(files, latest)
 
@@ -329,14 +344,21 @@ class _Board:
 
 @contextmanager
 def _followed(job: TrainingJob, listener: Listener) -> Iterator[Any]:
-    """A board, and a thread that tells the listener what appears on it."""
-    board = _Board.remote()  # type: ignore[attr-defined]
+    """A board on the driver's node, and a thread that tells the listener what appears on it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    board = _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     ended = threading.Event()
     total = job.settings.teacher_steps + job.settings.student_steps
 
     def follow() -> None:
-        while not ended.wait(0.5):
-            step, figures = ray.get(board.look.remote())
+        last = False
+        while not last:
+            # What happened up to the end is told too, however short the run was.
+            last = ended.wait(0.5)
+            try:
+                step, figures = ray.get(board.look.remote(), timeout=BOARD_SECONDS)
+            except ray.exceptions.RayError:
+                continue  # what is wrong ends the training, and is told there
             note = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
             stage = "teacher" if step < job.settings.teacher_steps else "student"
             listener(Event("train", step, total, f"{stage} {note}", figures))

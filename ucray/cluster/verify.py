@@ -87,22 +87,24 @@ def verify_archive(
     """
     archive = open_archive(url, endpoint_url)
     settings = archive.settings
-    _ = archive.codec
+    whole = archive.metadata_are_whole()
     region = _region(archive, source) if source is not None else None
     sizes = archive.sizes()
     problems = [f"{key} belongs to no part of the archive" for key in stray_objects(sizes, settings)]
-    if ARRAY_KEY not in sizes:
-        problems.append(f"{ARRAY_KEY} is missing")
+    if not whole:
+        problems.append(f"{ARRAY_KEY} does not say what the archive's settings say")
     indices = list(settings.grid.shard_indices())
     present = [index for index in indices if shard_key(index) in sizes]
     problems += [f"shard {shard_key(i)} is missing" for i in indices if shard_key(i) not in sizes]
     looked_into = present if sample is None else _drawn(present, sample)
+    clean = True
     chunks = checked = 0
     stored, measured = ErrorSum(), ErrorSum()
     build = partial(_Checker, url, endpoint_url, source, region)
     total = sum(sizes[shard_key(index)] for index in looked_into)
     for findings in over_shards(build, looked_into, serial=serial, workers=workers, worker_cpus=worker_cpus):
         problems += [f"shard {shard_key(findings.index)}: {problem}" for problem in findings.problems]
+        clean = clean and not findings.problems
         chunks += findings.chunks
         checked += sizes[shard_key(findings.index)]
         if findings.statistics is not None:
@@ -114,7 +116,7 @@ def verify_archive(
         archive=archive.objects.url,
         shards=len(present),
         checked=len(looked_into),
-        damaged_below=_damaged_below(len(looked_into)) if len(looked_into) < len(present) else None,
+        damaged_below=_damaged_below(len(looked_into)) if clean and len(looked_into) < len(present) else None,
         chunks=chunks,
         bytes_checked=checked,
         stored_psnr=stored.psnr(settings.data_range) if stored.voxels else None,

@@ -18,6 +18,8 @@ VERSION = 5
 HEADER = 12
 """Bytes before the body: magic, version, kind and flags, CRC-32C, digest of the stream."""
 
+LARGEST_VARINT = (1 << 31) - 1
+
 HAS_ORIGIN = 0x08
 HAS_MASK = 0x10
 
@@ -202,9 +204,9 @@ class _Reader:
         for shift in range(0, 35, 7):
             byte = self.take(1)[0]
             number |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return min(number, 0x7FFFFFFF)
-        raise ChunkError("a chunk with a number that does not end")
+            if byte < 0x80 and number <= LARGEST_VARINT:
+                return number
+        raise ChunkError("a chunk with a number that is too large, or does not end")
 
     def symbols(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
         """Words and escapes of what is left."""

@@ -18,6 +18,10 @@ Voxels = npt.NDArray[np.generic]
 DTYPES = ("uint8", "uint16", "int16", "float32")
 """Voxel types that are served."""
 
+LONGEST_AXIS = 4096
+LARGEST_CHUNK = 1 << 28
+"""Voxels of a chunk: what a reader allocates for a few bytes is bounded."""
+
 
 @dataclass(frozen=True)
 class ChunkFormat:
@@ -56,7 +60,12 @@ class ChunkFormat:
         return self.voxels * np.dtype(self.dtype).itemsize
 
     def check_stride(self, stride: Shape3) -> None:
-        """Refuse a chunk shape that the networks cannot divide evenly."""
+        """Refuse a chunk shape that is too large, or that the networks cannot divide evenly."""
+        if max(self.shape) > LONGEST_AXIS or self.voxels > LARGEST_CHUNK:
+            raise SettingsError(
+                f"chunk shape {format_shape(self.shape)} is too large: {LONGEST_AXIS} voxels an axis and "
+                f"{LARGEST_CHUNK} in all are served"
+            )
         if any(n % s for n, s in zip(self.shape, stride, strict=True)):
             raise SettingsError(
                 f"chunk shape {format_shape(self.shape)} must be a multiple of {format_shape(stride)} "

@@ -2,7 +2,7 @@
 
 The side latents z, computed from wavelet coefficients, are quantised in stages; each stage codes
 what the stages before it left over. The codes condition the INR (Yang et al. 2024, section 3.2) and
-select the probability tables of the latents. Codebook entries follow the data by exponential moving
+the context model. Codebook entries follow the data by exponential moving
 averages (van den Oord et al. 2017, appendix A.1); codes that fall out of use restart on the batch.
 """
 

@@ -15,7 +15,7 @@ from ucray.codec.bitstream import BoundedBody, Kind, NeuralBody, read_chunk
 from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.context import FEATURE_UNITS
 from ucray.codec.fill import Mask, keep_off_fill, unpack_exactly, unpack_mask
-from ucray.codec.network import Synthesis, load_network
+from ucray.codec.network import Synthesis, stored_synthesis
 from ucray.codec.residual import apply_residual, decode_residual
 from ucray.codec.stream import CodedLatents
 from ucray.codec.weights import Weights
@@ -135,10 +135,7 @@ class ChunkDecoder:
     @cached_property
     def _synthesis(self) -> Synthesis:
         """The network, loaded when the first chunk needs it: bounded archives hold none."""
-        config = self._weights.config
-        network = Synthesis(config, config.teacher if self._part == "teacher" else config.student)
-        load_network(self._weights, self._part, network)
-        return ready(network, self._device)
+        return ready(stored_synthesis(self._weights, self._part), self._device)
 
     def reconstruct(self, coded: Sequence[CodedLatents]) -> list[Voxels]:
         """The networks' half of decoding: integers to voxels, before fill is put back."""
@@ -179,6 +176,8 @@ def batches(items: Sequence[Item], device: torch.device) -> Iterator[tuple[Seque
 def _to_dtype(values: npt.NDArray[np.float32], dtype: str) -> Voxels:
     if np.issubdtype(np.dtype(dtype), np.floating):
         return values.astype(dtype)
+    if not np.isfinite(values).all():
+        raise ChunkError("a chunk that decodes to no numbers: its weights or its scale are damaged")
     limits = np.iinfo(dtype)
     return np.clip(np.rint(values), limits.min, limits.max).astype(dtype)
 

@@ -225,7 +225,14 @@ class ChunkEncoder:
         kept[inside] = ~mask
         predicted = self._reference.predict(coded.latents, self.format)
         cell = self._reference.cell
-        residual = residual_of(self._padded(voxels), kept, predicted, self._max_error, cell)
+        bound = self._max_error
+        if floating:
+            # A decoded voxel is rounded to float32 in the end, by half a unit in its last place.
+            largest = np.float32(np.abs(voxels[~mask]).max()) + np.float32(bound)
+            bound = max(bound - float(np.spacing(largest)) / 2, bound / 2)
+        residual = residual_of(self._padded(voxels), kept, predicted, bound, cell)
+        if residual is None:
+            return replace(draft, mask=b"")
         decoded = apply_residual(predicted, residual, self.format.dtype, cell)[inside]
         error = ErrorSum.between(voxels, np.where(mask, voxels, decoded))
         if not error.maximum <= self._max_error:

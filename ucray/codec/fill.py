@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def unpack_mask(data: bytes, shape: tuple[int, int, int]) -> Mask:
     ChunkError
         If `data` is no packed mask of that shape.
     """
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     packed = np.empty(-(-count // 8), dtype=np.uint8)
     if not unpack_exactly(data[1:], packed):
         raise ChunkError("the mask of fill voxels is damaged")

@@ -17,7 +17,6 @@ codec instead of from noise.
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
 
 import torch
@@ -116,7 +115,7 @@ class Analysis(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """g_s: dequantised latents, prior and gain to normalised chunks (batch, 1, z, y, x)."""
+    """g_s: dequantised latents, prior and quality to normalised chunks (batch, 1, z, y, x)."""
 
     subband_scale: Tensor
     latent_scale: Tensor
@@ -126,7 +125,6 @@ class Synthesis(nn.Module):
         super().__init__()
         stride = config.latent_stride
         self.cell = config.grid_stride
-        self.code_stride = config.code_stride
         self.lapped = Lapping(config.latent_cell, inverse=True)
         self.wavelet = WaveletPacket(config.wavelet, config.levels)
         self.linear = nn.ConvTranspose3d(config.latents, config.subbands, stride, stride=stride, bias=False)
@@ -163,7 +161,9 @@ class Synthesis(nn.Module):
     def features(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
         """Features (batch, grid_width, ...) on the wavelet grid; what distillation compares."""
         side = functional.interpolate(prior, size=y_hat.shape[2:], mode="nearest")
-        joined = torch.cat([y_hat / _channels(self.latent_scale), side], dim=1)
+        # A latent that a quality leaves out has a mean that nothing holds in place: it is scaled away first.
+        known = self.rescaled(y_hat, quality) / _channels(self.latent_scale)
+        joined = torch.cat([known, side], dim=1)
         features = self.entered(self.enter(joined), quality)
         features = self.latent(functional.gelu(features), quality)
         features = self.grid(functional.gelu(self.up(features)), quality)
@@ -230,11 +230,6 @@ def start_linear(analysis: Analysis, synthesis: Synthesis, tiles: Tensor) -> Non
             network.subband_scale.copy_(subband_scale)
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Number of trained numbers in a network."""
-    return sum(math.prod(parameter.shape) for parameter in module.parameters())
-
-
 def in_float32(x: Tensor) -> AbstractContextManager[None]:
     """Where networks run in fewer bits, what is linear still does not: latents need all of theirs."""
     return torch.autocast(x.device.type, enabled=False)
@@ -253,6 +248,26 @@ def _pointwise(layer: Convolution) -> tuple[Tensor, Tensor]:
 
 def _channels(vector: Tensor) -> Tensor:
     return vector[None, :, None, None, None]
+
+
+def stored_synthesis(weights: Weights, part: str) -> Synthesis:
+    """The synthesis that weights hold as "student" or "teacher".
+
+    Raises
+    ------
+    WeightsError
+        If it is missing or does not fit its configuration.
+    """
+    config = weights.config
+    sizes = config.teacher if part == "teacher" else config.student
+    # Built as large as a configuration says, a network could take all memory before anything is compared.
+    convolutions = sizes.latent_blocks * sizes.latent_width**2 + sizes.grid_blocks * sizes.grid_width**2
+    widest = config.latents * sizes.latent_width + sizes.latent_width * sizes.grid_width
+    if convolutions + widest + sizes.inr_width**2 > sum(a.size for a in weights.part(part).values()):
+        raise WeightsError(f"the weights are damaged: the {part} does not fit its configuration")
+    network = Synthesis(config, sizes)
+    load_network(weights, part, network)
+    return network
 
 
 def load_network(weights: Weights, part: str, module: nn.Module) -> None:

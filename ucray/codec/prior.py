@@ -154,8 +154,9 @@ class ContextPrior(nn.Module):
         step = torch.exp2(-log_gain)
         values = y.permute(0, 2, 3, 4, 1)
         side = functional.interpolate(vectors, size=y.shape[2:], mode="nearest").permute(0, 2, 3, 4, 1)
-        share = (quality / (QUALITIES - 1))[:, None, None, None, None].expand(*side.shape[:4], 1)
-        common = torch.cat([side, share, share * share], dim=-1)
+        share = quality[:, None] / (QUALITIES - 1)
+        shares = _as_feature(torch.cat([share, share * share], dim=1))[:, None, None, None, :]
+        common = torch.cat([_as_feature(side, straight=True), shares.expand(*side.shape[:4], -1)], dim=-1)
         dark = checkerboard(values.shape[1:4], values.device)[..., None]
         known: list[Tensor] = []
         decoded: list[Tensor] = []
@@ -183,8 +184,19 @@ class ContextPrior(nn.Module):
                 found = found + decoded.pop()
                 known.pop()
             decoded.append(found)
-            known.append(found.detach() / deviation)
+            known.append(_as_feature(found.detach() / deviation))
         return Coding(torch.cat(decoded, dim=-1).permute(0, 4, 1, 2, 3), bits)
+
+
+def _as_feature(values: Tensor, *, straight: bool = False) -> Tensor:
+    """Values as coding will see them: in whole units, and no more of them than a feature may have.
+
+    A network that is trained long enough learns what lies between units and beyond their limits, and then
+    codes something else than it was trained on. With `straight` gradients pass as if nothing was done.
+    """
+    units = (values.detach() * FEATURE_UNITS).round().clamp(-LARGEST_FEATURE, LARGEST_FEATURE)
+    seen = units / FEATURE_UNITS
+    return values + (seen - values).detach() if straight else seen
 
 
 def checkerboard(shape: Sequence[int], device: torch.device) -> Tensor:

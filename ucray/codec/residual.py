@@ -3,7 +3,7 @@
 A network's output differs in its last places between machines, so no bound can stand on it. The
 prediction here is a matrix product of whole numbers, exact in float64 in any order, and a few single
 operations that IEEE 754 defines to the bit. So a bound that held where the chunk was written holds
-where it is read. This module imports no torch.
+where it is read.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ LARGEST_SCALE = 16.0
 """Residuals of a larger mean size leave their low bits uncoded."""
 
 LARGEST_SHIFT = 24
+
+LARGEST_STEPS = 2.0**53
+"""Steps of a residual that float64 counts one by one."""
+
+LARGEST_HIGH = 1 << 30
+"""What is coded of a residual: in zigzag form, a number of a chunk has 31 bits."""
+
+LARGEST_BOUND = 1e30
+"""Bounds beyond would overflow where they are multiplied."""
 
 Whole = npt.NDArray[np.int64]
 
@@ -96,14 +105,23 @@ def residual_of(
     predicted: npt.NDArray[np.float64],
     max_error: float,
     cell: Shape3,
-) -> Residual:
-    """Residuals that bring every voxel within `max_error` of itself; none where `kept` is False."""
+) -> Residual | None:
+    """Residuals that bring every voxel within `max_error` of itself; zero where `kept` is False.
+
+    None where they are too large to be written.
+    """
     step = _step(voxels.dtype, max_error)
-    steps = np.rint((voxels.astype(np.float64) - predicted) / step)
-    whole = to_cells(np.where(kept, steps, 0.0), cell).astype(np.int64)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        steps = np.rint((voxels.astype(np.float64) - predicted) / step)
+    steps = np.where(kept, steps, 0.0)
+    if not np.abs(steps).max() < LARGEST_STEPS:
+        return None
+    whole = to_cells(steps, cell).astype(np.int64)
     mean = float(np.abs(whole).mean())
     shift = min(LARGEST_SHIFT, max(0, math.ceil(math.log2(mean / LARGEST_SCALE)))) if mean else 0
     high = whole >> shift
+    if np.abs(high).max() >= LARGEST_HIGH:
+        return None
     size = np.abs(high).mean(axis=1)
     # The mean size of a logistic of scale s is 2 ln(2) s.
     octaves = np.log2(np.maximum(size, 1e-9) / (2.0 * math.log(2.0))) - TABLE_OCTAVES[0]
@@ -154,7 +172,7 @@ def decode_residual(body: ResidualBody, frequencies: FrequencyTables, cells: int
         raise ChunkError("a chunk whose tables of residuals are damaged")
     if body.shift > LARGEST_SHIFT or len(body.low) != (cells * voxels * body.shift + 7) // 8:
         raise ChunkError("a chunk whose low bits do not fill it exactly")
-    if not (math.isfinite(body.max_error) and body.max_error >= 0):
+    if not 0.0 <= body.max_error <= LARGEST_BOUND:
         raise ChunkError("a chunk whose bound is no number")
     reader = SymbolReader(frequencies, body.words, body.escapes)
     values = reader.symbols(tables.repeat(voxels)).reshape(cells, voxels)
@@ -194,4 +212,8 @@ def _unpacked(low: bytes, count: int, bits: int) -> Whole:
     if not bits:
         return np.zeros(count, dtype=np.int64)
     planes = np.unpackbits(np.frombuffer(low, np.uint8), count=count * bits).reshape(count, bits)
-    return planes.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))
+    found = np.zeros(count, dtype=np.int64)
+    for plane in planes.T:
+        found <<= 1
+        found |= plane
+    return found

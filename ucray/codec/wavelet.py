@@ -102,6 +102,10 @@ def cells_to_volume(values: Tensor, cell: Shape3) -> Tensor:
     return values.reshape(batch, 1, z * a, y * b, x * c)
 
 
+LARGEST_BANK = 1 << 24
+"""Numbers in the filters of three axes together."""
+
+
 @functools.cache
 def filter_bank(wavelet: str, levels: int) -> tuple[npt.NDArray[np.float64], int, npt.NDArray[np.float64]]:
     """One-axis packet filters: (analysis (2**levels, taps), first tap's position, synthesis).
@@ -150,6 +154,8 @@ def _unpacket(bands: npt.NDArray[np.float64], wavelet: str, levels: int) -> npt.
 def _separable(banks: list[npt.NDArray[np.float64]]) -> Tensor:
     """Outer product of three one-axis banks: (subbands, 1, taps z, taps y, taps x), float32."""
     z, y, x = banks
+    if math.prod(bank.size for bank in banks) > LARGEST_BANK:
+        raise SettingsError("wavelet filters this long cannot be split into this many bands")
     kernels = np.einsum("ai,bj,ck->abcijk", z, y, x)
     subbands = math.prod(kernels.shape[:3])
     return torch.from_numpy(kernels.reshape(subbands, 1, *kernels.shape[3:]).astype(np.float32))

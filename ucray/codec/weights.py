@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,6 +49,12 @@ SMALLEST_SHARE, LARGEST_SHARE = 2.0**-24, 2.0**10
 
 LARGEST_SHIFT = 32
 
+LARGEST_LATENTS = 1 << 13
+"""Of a cell: sums over all of them then stay below 2^53."""
+
+LATENTS_PER_VOXEL = 4
+"""At most, so that what a chunk unpacks to is bounded by its voxels."""
+
 Array = npt.NDArray[np.generic]
 
 
@@ -60,7 +67,7 @@ class Weights:
     config
         Shapes of networks and stream.
     tensors
-        Arrays by name; networks are float16, the student's matrices int8 with a float32 scale a row.
+        Arrays by name; networks are float16, the matrices of a synthesis int8 with a float32 scale a row.
     training
         How they were made (steps, seed, source, ...), for people; JSON values.
     """
@@ -182,15 +189,15 @@ class Weights:
         try:
             tensors = load(data)
             length = int.from_bytes(data[:8], "little")
-            metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        except (SafetensorError, ValueError, KeyError, UnicodeDecodeError):
+            metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+        except (SafetensorError, ValueError, KeyError, RecursionError):
             raise WeightsError("the weights are damaged: not a whole safetensors file") from None
         if FORMAT not in metadata:
             raise WeightsError(f"the file holds no ucray weights of format {FORMAT}")
         try:
             header = json.loads(metadata[FORMAT])
-            weights = cls(CodecConfig.parse(header["config"]), tensors, header["training"])
-        except (ValueError, KeyError, TypeError):
+            weights = cls(CodecConfig.parse(header["config"]), tensors, dict(header["training"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise WeightsError("the weights are damaged: their configuration does not parse") from None
         weights.check_stream()
         return weights
@@ -198,6 +205,8 @@ class Weights:
     def check_stream(self) -> None:
         """Refuse integer tables whose shapes or sums could lead a decoder astray."""
         config = self.config
+        if config.latents > min(LARGEST_LATENTS, LATENTS_PER_VOXEL * math.prod(config.latent_cell)):
+            raise WeightsError(f"the weights are damaged: {config.latents} latents a cell")
         arrays = self.part("stream")
         for name, (shape, dtype) in _expected(config).items():
             array = arrays.get(name)

@@ -5,7 +5,7 @@
     zarr.json                     group: OME-Zarr metadata; "ucray": settings and fingerprint
     0/zarr.json                   array: sharding_indexed around the codec ucray, weights inside
     0/c/Z/Y/X                     shards
-    ucray/statistics/Z.Y.X-CRC.json
+    ucray/statistics/Z.Y.X-CRC.json.gz
     ucray/weights.safetensors     full weights, if they were trained for this archive
 """
 
@@ -16,16 +16,16 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import google_crc32c
 import numpy as np
 import zarr
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from ucray.codec.chunk import ChunkFormat
+from ucray.codec.chunk import DTYPES, ChunkFormat
 from ucray.codec.weights import Weights
 from ucray.errors import ArchiveError, DestinationError
 from ucray.grid import Box, Grid, Shape3
@@ -56,8 +56,8 @@ class ArchiveSettings(Settings):
     source_array: str
     region: str
     shape: Shape3
-    dtype: str
-    fill_value: float | str
+    dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]
+    fill_value: float | Annotated[str, Field(pattern="^(nan|inf|-inf)$")]
     chunk: Shape3
     shard: Shape3
     target: dict[str, float]
@@ -65,7 +65,7 @@ class ArchiveSettings(Settings):
     quality: int
     offset: float
     scale: float
-    data_range: float
+    data_range: Annotated[float, Field(gt=0.0)]
     weights_digest: str
 
     @property
@@ -93,6 +93,20 @@ class Archive:
     def codec(self) -> UcrayCodec:
         """The codec in the array's metadata, with the decoder's weights; raises ArchiveError."""
         return UcrayCodec.from_dict(self._codec_document)
+
+    def metadata_are_whole(self) -> bool:
+        """Whether the array's metadata, all that a zarr reader goes by, say what the settings say."""
+        settings, codec = self.settings, self.codec
+        expected = UcrayCodec(
+            codec.weights, settings.offset, settings.scale, settings.quality, settings.max_error
+        )
+        documents = []
+        for data in (self.objects.get(ARRAY_KEY), array_metadata(settings, expected)):
+            document = json.loads(data or b"{}")
+            # Another release of zstd may pack the same weights into other bytes; their digest stays.
+            document["codecs"][0]["configuration"]["codecs"][0]["configuration"]["weights"].pop("zstd")
+            documents.append(document)
+        return bool(documents[0] == documents[1])
 
     @property
     def weights_size(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -83,15 +84,19 @@ class ShardStatistics:
             document = json.loads(text)
             columns = document["chunks"]
             rows = zip(*(columns[name] for name in ChunkFigures.__annotations__), strict=True)
+            chunks = [
+                ChunkFigures(int(slot), int(size), str(kind), int(voxels), float(mse), float(largest))
+                for slot, size, kind, voxels, mse, largest in rows
+            ]
             z, y, x = document["index"]
             return cls(
                 index=(int(z), int(y), int(x)),
                 bytes_in=int(document["bytes_in"]),
                 bytes_out=int(document["bytes_out"]),
                 crc32c=int(document["crc32c"]),
-                chunks=tuple(ChunkFigures(*row) for row in rows),
+                chunks=tuple(chunks),
             )
-        except (ValueError, KeyError, TypeError, zlib.error):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, zlib.error):
             raise ArchiveError("statistics of a shard do not parse") from None
 
 
@@ -113,7 +118,7 @@ def assemble(
     `chunks` stand in the order of `grid.chunk_boxes(index)`. The layout is that of zarr v3's
     sharding_indexed codec with the index at the end, little-endian uint64, checked by crc32c.
     """
-    slots = int(np.prod(grid.chunks_per_shard))
+    slots = math.prod(grid.chunks_per_shard)
     table = np.full((slots, 2), ABSENT, dtype="<u8")
     payload = bytearray()
     figures = []
@@ -145,7 +150,7 @@ def split(data: bytes, grid: Grid) -> dict[int, bytes]:
     ArchiveError
         If the index is cut, fails its checksum, or points outside the object.
     """
-    slots = int(np.prod(grid.chunks_per_shard))
+    slots = math.prod(grid.chunks_per_shard)
     end = len(data) - 4
     start = end - slots * 16
     if start < 0:
@@ -158,9 +163,11 @@ def split(data: bytes, grid: Grid) -> dict[int, bytes]:
     for slot, (offset, length) in enumerate(table.tolist()):
         if offset == ABSENT and length == ABSENT:
             continue
-        if offset + length > start:
-            raise ArchiveError(f"a shard whose index points past its end in slot {slot}")
+        if not length or offset + length > start:
+            raise ArchiveError(f"a shard whose index points past its end, or to nothing, in slot {slot}")
         chunks[slot] = data[offset : offset + length]
+    if sum(map(len, chunks.values())) > start:
+        raise ArchiveError("a shard whose index has several chunks in one place")
     return chunks
 
 

@@ -79,9 +79,9 @@ def to_weights(
     return weights
 
 
-def load_weights(weights: Weights, coder: Coder, teacher: Synthesis, student: Synthesis) -> None:
-    """Start networks of the same configuration from stored weights."""
-    for part, module in (("analysis", coder.analysis), ("teacher", teacher), ("student", student)):
+def load_weights(weights: Weights, coder: Coder, teacher: Synthesis) -> None:
+    """Start a coder and a teacher of the same configuration from stored weights."""
+    for part, module in (("analysis", coder.analysis), ("teacher", teacher)):
         load_network(weights, part, module)
     context = weights.stream.context
     with torch.no_grad():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.lapping import Lapping
-from ucray.codec.network import Synthesis, start_linear
+from ucray.codec.network import Synthesis, start_linear, stored_synthesis
 from ucray.codec.prior import ContextPrior
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig
@@ -96,10 +96,11 @@ class Trainer:
         )
         self._started = start is not None
         if start is not None:
-            same = start.config == config
-            stored = self.student if same else Synthesis(start.config, start.config.student)
-            load_weights(start, self.coder, self.teacher, stored)
-            if not same:
+            load_weights(start, self.coder, self.teacher)
+            stored = stored_synthesis(start, "student")
+            if start.config == config:
+                self.student.load_state_dict(stored.state_dict())
+            else:
                 _start_linear_like(self.student, stored)
         for module in (self.coder, self.teacher, self._distillation):
             module.to(self.device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]

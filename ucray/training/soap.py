@@ -45,7 +45,7 @@ class Soap(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Change every parameter that has a gradient; the first step only learns the basis."""
+        """Change every parameter that has a gradient; of matrices the first step only learns the basis."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -62,7 +62,7 @@ class Soap(torch.optim.Optimizer):
             if turned:
                 for side, covariance in zip(("left", "right"), _covariances(seen), strict=True):
                     state[side] = covariance * (1.0 - BETA)
-                    state[f"{side}_basis"] = torch.linalg.eigh(covariance)[1].flip(1).contiguous()
+                    state[f"{side}_basis"] = _eigenbasis(covariance)
                 return
         state["step"] += 1
         step = int(state["step"])
@@ -111,6 +111,16 @@ def _unsided(sides: Tensor, like: Tensor) -> Tensor:
 def _covariances(sides: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = sides.flatten(1), sides.flatten(0, 1)
     return rows @ rows.T, columns.T @ columns
+
+
+def _eigenbasis(covariance: Tensor) -> Tensor:
+    """Eigenvectors as columns, the largest first.
+
+    LAPACK in float32 gives no numbers for matrices as small as those of a network that hardly matters.
+    """
+    largest = covariance.abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
+    vectors = torch.linalg.eigh(covariance.double() / largest)[1]
+    return vectors.flip(1).to(covariance.dtype).contiguous()
 
 
 def _turn(sides: Tensor, left: Tensor, right: Tensor) -> Tensor:
