@@ -120,7 +120,7 @@ def _eigenbasis(covariance: Tensor) -> Tensor:
     """
     largest = covariance.abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
     vectors = torch.linalg.eigh(covariance.double() / largest)[1]
-    return vectors.flip(1).to(covariance.dtype).contiguous()
+    return torch.as_tensor(vectors.flip(1).to(covariance.dtype).contiguous())
 
 
 def _turn(sides: Tensor, left: Tensor, right: Tensor) -> Tensor:
