@@ -196,7 +196,7 @@ def _as_feature(values: Tensor, *, straight: bool = False) -> Tensor:
     """
     units = (values.detach() * FEATURE_UNITS).round().clamp(-LARGEST_FEATURE, LARGEST_FEATURE)
     seen = units / FEATURE_UNITS
-    return values + (seen - values).detach() if straight else seen
+    return seen + (values - values.detach()) if straight else seen
 
 
 def checkerboard(shape: Sequence[int], device: torch.device) -> Tensor:
