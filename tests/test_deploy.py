@@ -48,8 +48,12 @@ def test_the_dockerfile_copies_what_exists() -> None:
     copied = [words for words in _dockerfile() if words[0] == "COPY"]
     sources = [word for words in copied for word in words[1:-1] if not word.startswith("--")]
     assert {"ucray", "pyproject.toml", "deploy/constraints.txt"} <= set(sources)
+    # What is not named is left out, the virtual environment and its gigabytes above all.
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in ignored
     for source in sources:
         assert (ROOT / source).exists(), source
+        assert f"!{source}" in ignored
 
 
 def test_the_dockerfile_pins_what_was_tested_together() -> None:
