@@ -18,7 +18,7 @@ from ucray.bench.samples import blocks
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import ready
 from ucray.codec.encoder import ChunkEncoder
-from ucray.codec.network import Analysis, Synthesis, load_network
+from ucray.codec.network import Analysis, load_network, stored_synthesis
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
 from ucray.grid import Shape3, triple
@@ -59,10 +59,9 @@ def measure_stages(
     voxels = [volume[whole[n % len(whole)].slices] for n in range(batch)]
     chunk_format = ChunkFormat(chunk, str(volume.dtype), 0.0, *normalisation(voxels, 0.0))
     place = torch.device(device)
-    analysis, synthesis = Analysis(weights.config), Synthesis(weights.config, weights.config.student)
+    analysis = Analysis(weights.config)
     load_network(weights, "analysis", analysis)
-    load_network(weights, "student", synthesis)
-    analysis, synthesis = ready(analysis, place), ready(synthesis, place)
+    analysis, synthesis = ready(analysis, place), ready(stored_synthesis(weights, "student"), place)
     values = np.stack(voxels).astype(np.float32)[:, None]
     values = (values - chunk_format.offset) / chunk_format.scale
     x = torch.from_numpy(values.astype(np.float32)).to(place).contiguous(memory_format=torch.channels_last_3d)

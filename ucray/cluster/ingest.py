@@ -50,25 +50,29 @@ class BoxSource(Datasource):
         volume = self._volume
 
         def read() -> Iterable[Block]:
-            started = time.perf_counter()
-            error = ""
-            voxels = np.empty(0, np.uint8)
-            try:
-                voxels = np.frombuffer(np.ascontiguousarray(volume.read(box)).data.cast("B"), np.uint8)
-            except UcrayError as failure:
-                error = str(failure)
-            row = {
-                "key": key,
-                "voxels": voxels,
-                "shape": np.array(box.shape, np.int64),
-                "read_seconds": time.perf_counter() - started,
-                "read_memory": peak_memory(),
-                "error": error,
-            }
-            yield row_to_block(row)
+            yield row_to_block(read_row(volume, key, box))
 
         metadata = BlockMetadata(num_rows=1, size_bytes=self._nbytes(box), exec_stats=None, input_files=None)
         return ReadTask(read, metadata)
+
+
+def read_row(volume: Volume, key: str, box: Box) -> Row:
+    """The row of one box, as BoxSource describes it."""
+    started = time.perf_counter()
+    error = ""
+    voxels = np.empty(0, np.uint8)
+    try:
+        voxels = np.frombuffer(np.ascontiguousarray(volume.read(box)).data.cast("B"), np.uint8)
+    except UcrayError as failure:
+        error = str(failure)
+    return {
+        "key": key,
+        "voxels": voxels,
+        "shape": np.array(box.shape, np.int64),
+        "read_seconds": time.perf_counter() - started,
+        "read_memory": peak_memory(),
+        "error": error,
+    }
 
 
 def row_to_block(row: Row) -> Block:

@@ -14,7 +14,7 @@ import numpy as np
 import ray.data
 from pydantic import Field
 
-from ucray.cluster.ingest import BoxSource, Row, one_row, one_row_batch, voxels_of
+from ucray.cluster.ingest import BoxSource, Row, one_row, one_row_batch, read_row, voxels_of
 from ucray.cluster.memory import peak_memory
 from ucray.cluster.plan import CompressPlan
 from ucray.cluster.session import failure, ray_session, resources
@@ -77,16 +77,7 @@ def serially(
     encode = _EncodeRow(EncodeJob(settings, weights.to_bytes(), options.device), write)
     writer = _WriteRow(write)
     for key, box in _boxes(plan, missing):
-        started = time.perf_counter()
-        row: Row = {"key": key, "shape": np.array(box.shape), "voxels": np.empty(0, np.uint8), "error": ""}
-        try:
-            voxels = np.ascontiguousarray(plan.volume.read(box))
-            row["voxels"] = np.frombuffer(voxels.data.cast("B"), np.uint8)
-        except UcrayError as error:
-            row["error"] = str(error)
-        row["read_seconds"] = time.perf_counter() - started
-        row["read_memory"] = peak_memory()
-        yield _outcome(writer.row(encode.row(row)))
+        yield _outcome(writer.row(encode.row(read_row(plan.volume, key, box))))
 
 
 def on_ray(

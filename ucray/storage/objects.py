@@ -31,9 +31,6 @@ class Objects(Protocol):
     def get(self, key: str) -> bytes | None:
         """The object's bytes; None if there is none."""
 
-    def exists(self, key: str) -> bool:
-        """Whether there is such an object; reads nothing of it."""
-
     def put_new(self, key: str, data: bytes) -> bool:
         """Write a whole object unless one exists; False if one did."""
 
@@ -92,10 +89,6 @@ class LocalObjects:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
-    def exists(self, key: str) -> bool:
-        with translated(self.url):
-            return (self._root / key).is_file()
-
     def put_new(self, key: str, data: bytes) -> bool:
         path = self._root / key
         with translated(self.url):
@@ -149,15 +142,6 @@ class S3Objects:
             except FileNotFoundError:
                 return None
 
-    def exists(self, key: str) -> bool:
-        bucket, _, place = f"{self._place}/{key}".partition("/")
-        with translated(self.url):
-            try:
-                self._files.call_s3("head_object", Bucket=bucket, Key=place)
-            except FileNotFoundError:
-                return False
-            return True
-
     def put_new(self, key: str, data: bytes) -> bool:
         with translated(self.url):
             try:
@@ -166,7 +150,7 @@ class S3Objects:
                 return False
             except OSError as error:
                 # s3fs gives a lost race (412 PreconditionFailed) no type of its own.
-                if error.errno == 22 and self.exists(key):
+                if error.errno == 22 and self._files.exists(f"{self._place}/{key}"):
                     return False
                 raise
             return True

@@ -197,8 +197,8 @@ def committed(objects: Objects, index: Shape3) -> ShardStatistics | None:
     ArchiveError
         If its statistics are missing or do not parse.
     """
-    key = shard_key(index)
-    if not objects.exists(key) or (data := objects.get(key)) is None:
+    data = objects.get(shard_key(index))
+    if data is None:
         return None
     return stored_statistics(objects, index, google_crc32c.value(data))
 
