@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 from numcodecs import zstd
 
-from ucray.codec.fill import fill_mask, inpaint, keep_off_fill, pack_mask, unpack_mask
+from ucray.codec.fill import fill_mask, keep_off_fill, pack_mask, unpack_mask
+from ucray.codec.inpaint import inpaint
 from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
@@ -99,6 +100,12 @@ def test_fill_mask_of_not_a_number() -> None:
     voxels = np.array([[[np.nan, 0.0, np.inf]]], np.float32)
     assert fill_mask(voxels, float("nan")).tolist() == [[[True, False, False]]]
     assert fill_mask(voxels, 0.0).tolist() == [[[False, True, False]]]
+
+
+def test_whole_numbers_without_a_fill_value_have_no_fill() -> None:
+    voxels = np.array([[[0, 7, 255]]], np.uint8)
+    assert not fill_mask(voxels, float("nan")).any()
+    np.testing.assert_array_equal(keep_off_fill(voxels, voxels == 1, float("nan")), voxels)
 
 
 LIMITS = {"uint8": (0, 255), "uint16": (0, 65535), "int16": (-32768, 32767), "float32": (-4, 4)}

@@ -20,7 +20,8 @@ from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.codebook import quantise_codes
 from ucray.codec.context import FEATURE_UNITS, LARGEST_LATENT, Codes
 from ucray.codec.decoder import ChunkDecoder, batches, channels_last, ready
-from ucray.codec.fill import fill_mask, inpaint, keep_off_fill, pack_mask
+from ucray.codec.fill import fill_mask, keep_off_fill, pack_mask
+from ucray.codec.inpaint import inpaint
 from ucray.codec.network import Analysis, load_network
 from ucray.codec.residual import Residual, apply_residual, encode_residual, residual_of
 from ucray.codec.stream import CodedLatents, StreamModel, Symbols

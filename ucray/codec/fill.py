@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from numcodecs import zstd
-from torch import Tensor
-from torch.nn import functional
 
 from ucray.errors import ChunkError
 
@@ -22,9 +19,10 @@ LEVEL = 9
 
 
 def fill_mask(voxels: Voxels, fill_value: float) -> Mask:
-    """True where a voxel is the fill value; a fill value of NaN matches NaN."""
+    """True where a voxel is the fill value; a fill value of NaN matches NaN, and no whole number."""
     if np.isnan(fill_value):
-        return np.asarray(np.isnan(voxels.astype(np.float64)))
+        whole = np.issubdtype(voxels.dtype, np.integer)
+        return np.zeros(voxels.shape, bool) if whole else np.isnan(voxels)
     return np.asarray(voxels == voxels.dtype.type(fill_value))
 
 
@@ -77,20 +75,10 @@ def unpack_exactly(frame: bytes, target: npt.NDArray[Any]) -> bool:
     return True
 
 
-def inpaint(values: Tensor, mask: Tensor) -> Tensor:
-    """Replace masked values of (batch, 1, z, y, x) by averages of what is near and not masked.
-
-    Averages come from ever coarser halvings of the volume, so the result is smooth far from tissue
-    and costs the stream nothing. Entirely masked chunks become zero.
-    """
-    if not bool(mask.any()):
-        return values
-    weight = (~mask).to(values.dtype)
-    return _fill_from_coarser(torch.where(mask, torch.zeros_like(values), values), weight)
-
-
 def keep_off_fill(decoded: Voxels, mask: Mask, fill_value: float) -> Voxels:
     """Set masked voxels to the fill value, and move any other that met it to the next value."""
+    if np.isnan(fill_value) and np.issubdtype(decoded.dtype, np.integer):
+        return decoded
     fill = decoded.dtype.type(fill_value)
     collided = fill_mask(decoded, fill_value) & ~mask
     decoded = np.where(mask, fill, decoded)
@@ -104,18 +92,6 @@ def _next_value(fill: Any) -> Any:
         return np.nextafter(fill, fill.dtype.type(np.inf))
     top = np.iinfo(fill.dtype).max
     return fill.dtype.type(int(fill) + 1 if int(fill) < top else top - 1)
-
-
-def _fill_from_coarser(values: Tensor, weight: Tensor) -> Tensor:
-    if min(values.shape[2:]) < 2:
-        total = weight.sum(dim=(2, 3, 4), keepdim=True)
-        mean = values.sum(dim=(2, 3, 4), keepdim=True) / total.clamp_min(1e-6)
-        return torch.where(weight > 0, values / weight.clamp_min(1e-6), mean.expand_as(values))
-    coarse_weight = functional.avg_pool3d(weight, 2, ceil_mode=True, count_include_pad=False)
-    coarse_values = functional.avg_pool3d(values, 2, ceil_mode=True, count_include_pad=False)
-    coarse = _fill_from_coarser(coarse_values, coarse_weight)
-    wide = functional.interpolate(coarse, size=values.shape[2:], mode="trilinear", align_corners=False)
-    return torch.where(weight > 0, values / weight.clamp_min(1e-6), wide)
 
 
 def _delayed(mask: Mask, axis: int) -> Mask:

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ucray.codec.fill import fill_mask, inpaint
+from ucray.codec.fill import fill_mask
+from ucray.codec.inpaint import inpaint
 from ucray.config import CodecConfig
 from ucray.errors import SourceError
 from ucray.grid import Shape3
