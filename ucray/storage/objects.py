@@ -212,7 +212,13 @@ def _parsed(url: str) -> tuple[str, str]:
 
 
 def _s3_options(endpoint_url: str | None, *, asynchronous: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {"asynchronous": asynchronous, "use_listings_cache": False}
+    # With more than one part at a time s3fs asks for an object's size, and lists its folder where there is
+    # none, before it asks for the object.
+    options: dict[str, Any] = {
+        "asynchronous": asynchronous,
+        "use_listings_cache": False,
+        "max_concurrency": 1,
+    }
     if endpoint_url is not None:
         options["endpoint_url"] = endpoint_url
     return options
