@@ -20,7 +20,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import botocore.session
 
@@ -68,7 +68,9 @@ class ObjectStore:
     Attributes
     ----------
     access_key, secret_key
-        The one identity, which may do everything; drawn anew for each object.
+        An identity that may do everything; drawn anew for each object.
+    limited_access_key, limited_secret_key
+        One that may do what a bucket's policy allows everybody, and nothing else.
 
     Raises
     ------
@@ -81,6 +83,8 @@ class ObjectStore:
         self.log = self.directory / "weed.log"
         self.access_key = secrets.token_hex(10)
         self.secret_key = secrets.token_hex(20)
+        self.limited_access_key = secrets.token_hex(10)
+        self.limited_secret_key = secrets.token_hex(20)
         self._ports = Ports.free()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -96,26 +100,29 @@ class ObjectStore:
     def __exit__(self, *raised: object) -> None:
         self.stop()
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, *, limited: bool = False) -> dict[str, str]:
         """The variables that lead AWS clients, s3fs and ucray to this server."""
         return {
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ACCESS_KEY_ID": self.limited_access_key if limited else self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.limited_secret_key if limited else self.secret_key,
             "AWS_DEFAULT_REGION": REGION,
             "AWS_ENDPOINT_URL": self.endpoint,
         }
 
     def create_bucket(self, name: str) -> None:
         """Make a bucket; its name has at least three characters."""
-        client = botocore.session.Session().create_client(
+        with contextlib.closing(self.client()) as client:
+            client.create_bucket(Bucket=name)
+
+    def client(self, *, limited: bool = False) -> Any:
+        """A botocore client of the server."""
+        return botocore.session.Session().create_client(
             "s3",
             region_name=REGION,
             endpoint_url=self.endpoint,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
+            aws_access_key_id=self.limited_access_key if limited else self.access_key,
+            aws_secret_access_key=self.limited_secret_key if limited else self.secret_key,
         )
-        with contextlib.closing(client):
-            client.create_bucket(Bucket=name)
 
     def start(self) -> None:
         """Start the server and return once it answers."""
@@ -164,12 +171,16 @@ class ObjectStore:
         return self.log.read_text(errors="replace")[-LOG_TAIL:]
 
     def _write_identity(self) -> None:
-        credentials = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        identity = {"name": "ucray", "credentials": credentials, "actions": actions}
+        identities = []
+        for name, access, secret, actions in (
+            ("ucray", self.access_key, self.secret_key, ["Admin", "Read", "Write", "List", "Tagging"]),
+            ("limited", self.limited_access_key, self.limited_secret_key, []),
+        ):
+            credentials = [{"accessKey": access, "secretKey": secret}]
+            identities.append({"name": name, "credentials": credentials, "actions": actions})
         path = self.directory / "s3.json"
         path.touch(mode=0o600)
-        path.write_text(json.dumps({"identities": [identity]}))
+        path.write_text(json.dumps({"identities": identities}))
 
     def _command(self) -> list[str]:
         ports = self._ports
