@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint k8s-check check clean
+.PHONY: install demo test fuzz lint k8s-check check clean
 
 install: $(STAMP)
 
@@ -19,6 +19,15 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+RUNS ?= 300000
+
+# Coverage-guided, for as long as you like; what it learns stays in .fuzz.
+fuzz: install
+	$(BIN)/python -m pip install --quiet "atheris>=3.0"
+	for target in chunk weights configuration; do \
+		PYTHONPATH=deploy $(BIN)/python tests/fuzz.py $$target .fuzz/$$target -runs=$(RUNS) -timeout=10 || exit 1; \
+	done
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,4 +39,4 @@ k8s-check: install
 check: lint test
 
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output .fuzz .pytest_cache .mypy_cache .ruff_cache

@@ -65,19 +65,19 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def smooth_volume() -> SmoothVolume:
     """Random volumes (shape, seed) without sharp edges: float32, mean 0, standard deviation 1."""
-    return _smooth_volume
+    return smooth_volume_of
 
 
 @pytest.fixture(scope="session")
 def tiny_weights() -> Weights:
     """Untrained weights of `TINY` whose every part does something; the same on every call."""
-    return _build_weights(TINY, seed=1)
+    return build_weights(TINY, seed=1)
 
 
 @pytest.fixture(scope="session")
 def anisotropic_weights() -> Weights:
     """Like `tiny_weights`, for `TINY_ANISOTROPIC`."""
-    return _build_weights(TINY_ANISOTROPIC, seed=2)
+    return build_weights(TINY_ANISOTROPIC, seed=2)
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +96,7 @@ def voxels_of() -> VoxelsOf:
     """Smooth voxels (format, shape, seed) in a chunk format's dtype, none of them its fill value."""
 
     def build(chunk: ChunkFormat, shape: Shape3, seed: int) -> Voxels:
-        values = _smooth_volume(shape, seed) * chunk.scale + chunk.offset
+        values = smooth_volume_of(shape, seed) * chunk.scale + chunk.offset
         if chunk.dtype != "float32":
             limits = np.iinfo(chunk.dtype)
             values = np.clip(np.rint(values), limits.min, limits.max)
@@ -106,7 +106,7 @@ def voxels_of() -> VoxelsOf:
     return build
 
 
-def _smooth_volume(shape: Shape3, seed: int) -> npt.NDArray[np.float32]:
+def smooth_volume_of(shape: Shape3, seed: int) -> npt.NDArray[np.float32]:
     noise = np.random.default_rng(seed).standard_normal(shape)
     frequencies = np.meshgrid(*(np.fft.fftfreq(n) for n in shape), indexing="ij")
     smoothing = np.exp(-200.0 * sum(f * f for f in frequencies))
@@ -115,9 +115,9 @@ def _smooth_volume(shape: Shape3, seed: int) -> npt.NDArray[np.float32]:
     return np.asarray(smooth / smooth.std(), dtype=np.float32)
 
 
-def _build_weights(config: CodecConfig, seed: int) -> Weights:
+def build_weights(config: CodecConfig, seed: int) -> Weights:
     chunk = triple(2 * n for n in config.stride)
-    tiles = torch.from_numpy(np.stack([_smooth_volume(chunk, seed + n) for n in range(6)])[:, None])
+    tiles = torch.from_numpy(np.stack([smooth_volume_of(chunk, seed + n) for n in range(6)])[:, None])
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
