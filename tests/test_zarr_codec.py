@@ -179,7 +179,7 @@ def test_metadata_hold_the_decoder_and_no_more(
 
 
 def test_configuration_round_trip(tiny_weights: Weights) -> None:
-    codec = UcrayCodec(tiny_weights, 0.1, 1 / 3, QUALITY)
+    codec = UcrayCodec(tiny_weights, 0.1, 1 / 3, QUALITY, exact_fill=False)
     stored = json.loads(json.dumps(codec.to_dict()))
     parsed = UcrayCodec.from_dict(stored)
     assert parsed.to_dict() == codec.to_dict()

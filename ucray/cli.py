@@ -44,6 +44,14 @@ WorkerCpus = Annotated[
     ),
 ]
 
+ExactFill = Annotated[
+    bool,
+    typer.Option(
+        "--exact-fill/--no-exact-fill",
+        help="Voxels of the volume's fill value come back exactly; without, they are voxels like others.",
+    ),
+]
+
 MetricsPort = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")
 ]
@@ -71,6 +79,7 @@ def train(
     train_steps: Annotated[int, typer.Option(min=0, help="Steps of the teacher.")] = 1200,
     student_steps: Annotated[int, typer.Option(min=1, help="Steps of the student.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Chunks a step and worker.")] = 2,
+    exact_fill: ExactFill = True,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     init: Annotated[str | None, typer.Option(help="Weights of another domain to start from.")] = None,
@@ -117,6 +126,7 @@ def train(
             destination,
             settings,
             also=also or (),
+            exact_fill=exact_fill,
             init=init,
             large=large,
             student=None if student is None else SynthesisConfig.parse(student),
@@ -145,6 +155,7 @@ def compress(
         float | None, typer.Option(help="Keep every voxel within this error instead, on any machine.")
     ] = None,
     lossless: Annotated[bool, typer.Option("--lossless", help="Keep every voxel as it is.")] = False,
+    exact_fill: ExactFill = True,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -188,6 +199,7 @@ def compress(
         psnr=psnr,
         max_error=max_error,
         lossless=lossless,
+        exact_fill=exact_fill,
         chunk=None if chunk is None else parse_shape(chunk),
         shard=None if shard is None else parse_shape(shard),
         roi=roi,
@@ -233,6 +245,7 @@ def bench(
     ratios: Annotated[str, typer.Option(help="Ratios with commas.")] = "16,32,64,128,256,500",
     roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")] = None,
     chunk: Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")] = None,
+    exact_fill: ExactFill = True,
     device: Annotated[
         str | None, typer.Option(help="Time the stages of the codec on cpu or cuda, instead of all codecs.")
     ] = None,
@@ -266,6 +279,7 @@ def bench(
             ratios=parse_ratios(ratios),
             roi=roi,
             chunk=None if chunk is None else parse_shape(chunk),
+            exact_fill=exact_fill,
             array=array,
             endpoint_url=endpoint_url,
             listener=listener,

@@ -57,6 +57,8 @@ class UcrayCodec(ArrayBytesCodec):
         Quality (0 to 255) at which chunks are written.
     max_error
         Bound on the error of every voxel, in its units; None where there is none.
+    exact_fill
+        Whether voxels of the array's fill value come back exactly; if not they are voxels like others.
     """
 
     is_fixed_size = False
@@ -66,6 +68,7 @@ class UcrayCodec(ArrayBytesCodec):
     scale: float
     quality: int
     max_error: float | None = None
+    exact_fill: bool = True
     chunk: ChunkFormat | None = None
 
     @classmethod
@@ -83,16 +86,19 @@ class UcrayCodec(ArrayBytesCodec):
             quality = int(configuration["quality"])
             bound = configuration["max_error"]
             max_error = None if bound is None else float(bound)
+            exact_fill = configuration["exact_fill"]
             stored = configuration["weights"]
             packed, size, digest = stored["zstd"], int(stored["bytes"]), stored["digest"]
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ArchiveError("the codec's configuration in zarr.json is incomplete") from None
         if not 0 <= quality < QUALITIES:
             raise ArchiveError(f"the codec's quality in zarr.json is {quality}, not 0 to {QUALITIES - 1}")
+        if not isinstance(exact_fill, bool):
+            raise ArchiveError("the codec's exact_fill in zarr.json is neither true nor false")
         weights = Weights.from_bytes(_unpacked(packed, size))
         if weights.digest != digest:
             raise WeightsError(f"the weights in zarr.json have digest {weights.digest}, not {digest}")
-        return cls(weights, offset, scale, quality, max_error)
+        return cls(weights, offset, scale, quality, max_error, exact_fill)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration for zarr.json, with the decoder's weights inside."""
@@ -104,6 +110,7 @@ class UcrayCodec(ArrayBytesCodec):
                 "scale": self.scale,
                 "quality": self.quality,
                 "max_error": self.max_error,
+                "exact_fill": self.exact_fill,
                 "weights": self._stored_weights,
             },
         }
@@ -122,7 +129,7 @@ class UcrayCodec(ArrayBytesCodec):
         dtype = str(array_spec.dtype.to_native_dtype().name)
         if dtype not in DTYPES:
             raise DtypeError(f"voxels of type {dtype} are not served; {', '.join(DTYPES)} are")
-        fill_value = float(array_spec.fill_value)
+        fill_value = float(array_spec.fill_value) if self.exact_fill else math.nan
         chunk = ChunkFormat(
             shape=triple(iter(array_spec.shape)),
             dtype=dtype,

@@ -49,6 +49,7 @@ def bench(
     ratios: Sequence[float] = RATIOS,
     roi: str | None = None,
     chunk: Shape3 | None = None,
+    exact_fill: bool = True,
     array: str | None = None,
     endpoint_url: str | None = None,
     listener: Listener = ignore,
@@ -61,6 +62,8 @@ def bench(
         If a codec is unknown, or the region is empty or too large for one machine.
     """
     volume = open_volume(source, array, endpoint_url)
+    if not exact_fill:
+        volume = volume.without_fill()
     region, voxels = _region(volume, roi)
     if weights is None and (name := shipped_for(config_for(volume))) is not None:
         weights = shipped_weights(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 import zarr
 from zarr.codecs import BloscCodec
@@ -80,7 +79,7 @@ def _create(archive: Archive, url: str, destination: str, endpoint_url: str | No
             chunks=settings.chunk,
             shards=settings.shard,
             compressors=BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"),
-            fill_value=np.dtype(settings.dtype).type(float(settings.fill_value)),
+            fill_value=settings.stored_fill,
             dimension_names=("z", "y", "x"),
         )
 

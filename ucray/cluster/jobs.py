@@ -159,6 +159,7 @@ def train(
     settings: TrainingConfig | None = None,
     *,
     also: Sequence[str] = (),
+    exact_fill: bool = True,
     init: str | None = None,
     large: bool = False,
     student: SynthesisConfig | None = None,
@@ -172,9 +173,14 @@ def train(
     connection: Connection = Connection(),
     listener: Listener = ignore,
 ) -> Weights:
-    """Train weights on a volume, or a region of it, and `also` on others; write them to a new object."""
+    """Train weights on a volume, or a region of it, and `also` on others; write them to a new object.
+
+    Without `exact_fill` voxels of a volume's fill value are learnt from like others.
+    """
     volume = open_volume(source, connection.array, connection.endpoint_url)
     others = [open_volume(other, connection.array, connection.endpoint_url) for other in also]
+    if not exact_fill:
+        volume, others = volume.without_fill(), [other.without_fill() for other in others]
     folder, name = _object(destination, connection.endpoint_url)
     folder.check_place()
     if folder.get(name) is not None:

@@ -38,13 +38,15 @@ class CompressOptions(Settings):
     """What the user asks of a compress job; None leaves the choice to the plan.
 
     At most one of `ratio` (source bytes over archive bytes), `psnr` (dB), `max_error` (of any voxel, in
-    its units) and `lossless` is the target; without any it is DEFAULT_RATIO.
+    its units) and `lossless` is the target; without any it is DEFAULT_RATIO. Without `exact_fill` voxels of
+    the volume's fill value are coded like others.
     """
 
     ratio: Annotated[float, Field(ge=1.0, le=1e6)] | None = None
     psnr: Annotated[float, Field(gt=0.0, le=200.0)] | None = None
     max_error: Annotated[float, Field(ge=0.0, le=1e30)] | None = None
     lossless: bool = False
+    exact_fill: bool = True
     chunk: Shape3 | None = None
     shard: Shape3 | None = None
     roi: str | None = None
@@ -160,6 +162,8 @@ def plan_compress(volume: Volume, config: CodecConfig, options: CompressOptions)
         would need more than `options.memory`.
     """
     target = Target.of(options)
+    if not options.exact_fill:
+        volume = volume.without_fill()
     region = Box((0, 0, 0), volume.shape) if options.roi is None else parse_box(options.roi, volume.shape)
     chunk = options.chunk or default_chunk(config)
     if any(c % s for c, s in zip(chunk, config.stride, strict=True)):

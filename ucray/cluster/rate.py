@@ -15,6 +15,7 @@ from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.fill import fill_mask
 from ucray.codec.rate import CHUNK_OVERHEAD, coarsest_reaching, finest_within
 from ucray.codec.weights import Weights
+from ucray.errors import SettingsError
 from ucray.grid import triple
 from ucray.quality import ErrorSum
 
@@ -26,6 +27,12 @@ SHARD_OVERHEAD = 4 + 130
 
 BOUNDED_QUALITIES = (64, 112, 160, 208, 255)
 """Qualities of the coarse form that are tried where a bound, not a rate, is asked for."""
+
+RATIO_TOLERANCE = 1.03
+"""By how much an archive may be larger than the ratio asked for before that is called out of reach."""
+
+LARGE_MASKS = 0.25
+"""Share of an archive's bytes from which the masks of fill voxels are worth a word."""
 
 ARCHIVE_OVERHEAD = 1600
 """Bytes of the metadata of group and array but for the weights."""
@@ -42,7 +49,13 @@ class Measured:
 
 
 def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: Listener) -> Measured:
-    """Read a sample of chunks and search the quality that meets the plan's target on it."""
+    """Read a sample of chunks and search the quality that meets the plan's target on it.
+
+    Raises
+    ------
+    SettingsError
+        If even the coarsest quality is larger than the ratio asked for.
+    """
     boxes = sample_chunk_boxes(plan.grid, SAMPLED_CHUNKS)
     samples = []
     for number, box in enumerate(boxes):
@@ -82,7 +95,17 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     elif target.psnr is not None:
         quality = coarsest_reaching(psnr, target.psnr)
     else:
-        quality = finest_within(archive_bytes, plan.bytes_in / target.ratio)
+        wanted = plan.bytes_in / target.ratio
+        quality = finest_within(archive_bytes, wanted)
+        if quality == 0 and (least := archive_bytes(0)) > RATIO_TOLERANCE * wanted:
+            masks = sum(len(one.draft.mask) for one in prepared if one.draft is not None) * share
+            hint = ""
+            if masks > LARGE_MASKS * least:
+                hint = f"; exact fill takes {masks / least:.0%} of that: --no-exact-fill does without"
+            raise SettingsError(
+                f"a ratio of {target.ratio:g} is out of reach: the coarsest quality gives "
+                f"{plan.bytes_in / least:.1f}{hint}"
+            )
     return Measured(offset, scale, peak, quality)
 
 

@@ -88,7 +88,8 @@ class TrainingJob:
     def identity(self) -> str:
         """Names the run in its storage: only a run of the same sources and settings goes on from it."""
         document = {k: v for k, v in self.record.items() if k != "workers"}
-        document |= {"config": self.config.to_json(), "chunk": self.chunk}
+        volumes = [lesson.volume.identity for lesson in self.lessons]
+        document |= {"config": self.config.to_json(), "chunk": self.chunk, "volumes": volumes}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
 
 

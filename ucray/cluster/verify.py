@@ -238,7 +238,7 @@ class _Checker:
             if slot in chunks:
                 decoded = decoded_at[slot][Box((0, 0, 0), box.shape).slices]
             else:
-                decoded = np.full(box.shape, settings.chunk_format.fill_value).astype(settings.dtype)
+                decoded = np.full(box.shape, settings.stored_fill, settings.dtype)
             total += ErrorSum.between(within, decoded)
         return total
 

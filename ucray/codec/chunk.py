@@ -34,7 +34,7 @@ class ChunkFormat:
     dtype
         One of DTYPES.
     fill_value
-        The value that stands for "nothing here".
+        The value that stands for "nothing here". Not a number where whole numbers have no such value.
     offset, scale
         The networks see (voxel - offset) / scale: mean and standard deviation of the volume.
     """
@@ -50,6 +50,11 @@ class ChunkFormat:
             raise DtypeError(f"voxels of type {self.dtype} are not served; {', '.join(DTYPES)} are")
         if not (math.isfinite(self.offset) and math.isfinite(self.scale) and self.scale > 0):
             raise SettingsError(f"a volume scale of {self.scale} and offset of {self.offset} cannot be used")
+
+    @property
+    def has_fill(self) -> bool:
+        """Whether any voxel can be fill."""
+        return not (math.isnan(self.fill_value) and np.issubdtype(np.dtype(self.dtype), np.integer))
 
     @property
     def voxels(self) -> int:

@@ -101,6 +101,8 @@ class ChunkDecoder:
             )
         if origin is not None and chunk.origin is not None and chunk.origin != origin:
             raise ChunkError(f"the chunk of place {chunk.origin} stands at place {origin}")
+        if chunk.mask and not self.format.has_fill:
+            raise ChunkError("a chunk with a mask of fill voxels in an archive that has none")
         shape, body = self.format.shape, chunk.body
         mask = unpack_mask(chunk.mask, shape) if chunk.mask else np.zeros(shape, bool)
         if isinstance(body, NeuralBody):
@@ -129,7 +131,8 @@ class ChunkDecoder:
         predicted = reference.predict(self._coded(body.coarse).latents, self.format)
         voxels = apply_residual(predicted, residual, self.format.dtype, reference.cell)
         # No other voxel is moved off the fill value here: that would break the bound.
-        voxels[mask] = self.format.fill_value
+        if mask.any():
+            voxels[mask] = self.format.fill_value
         return voxels
 
     @cached_property

@@ -77,6 +77,24 @@ class ArchiveSettings(Settings):
         return ChunkFormat(self.chunk, self.dtype, float(self.fill_value), self.offset, self.scale)
 
     @property
+    def exact_fill(self) -> bool:
+        """Whether voxels of the fill value come back exactly."""
+        return self.chunk_format.has_fill
+
+    def codec_with(self, weights: Weights) -> UcrayCodec:
+        """The codec of the archive's array."""
+        return UcrayCodec(
+            weights, self.offset, self.scale, self.quality, self.max_error, exact_fill=self.exact_fill
+        )
+
+    @property
+    def stored_fill(self) -> float | int:
+        """The array's fill value: what a zarr reader takes for a chunk that is not there."""
+        if np.issubdtype(np.dtype(self.dtype), np.floating):
+            return float(self.fill_value)
+        return int(float(self.fill_value)) if self.exact_fill else 0
+
+    @property
     def bytes_in(self) -> int:
         """Bytes of the voxels before compression."""
         return Box((0, 0, 0), self.shape).voxels * np.dtype(self.dtype).itemsize
@@ -96,10 +114,8 @@ class Archive:
 
     def metadata_are_whole(self) -> bool:
         """Whether the array's metadata, all that a zarr reader goes by, say what the settings say."""
-        settings, codec = self.settings, self.codec
-        expected = UcrayCodec(
-            codec.weights, settings.offset, settings.scale, settings.quality, settings.max_error
-        )
+        settings = self.settings
+        expected = settings.codec_with(self.codec.weights)
         documents = []
         for data in (self.objects.get(ARRAY_KEY), array_metadata(settings, expected)):
             document = json.loads(data or b"{}")
@@ -205,7 +221,7 @@ def create_archive(
         raise ArchiveError(f"{objects.url} does not give back what was written to it")
     check_same(archive, settings.fingerprint)
     stored = archive.settings
-    codec = UcrayCodec(weights, stored.offset, stored.scale, stored.quality, stored.max_error)
+    codec = stored.codec_with(weights)
     objects.put_new(ARRAY_KEY, array_metadata(stored, codec))
     return archive
 
@@ -235,7 +251,7 @@ def array_metadata(settings: ArchiveSettings, codec: UcrayCodec) -> bytes:
         serializer=codec,
         compressors=None,
         filters=None,
-        fill_value=_fill(settings),
+        fill_value=settings.stored_fill,
         dimension_names=("z", "y", "x"),
     )
     data = asyncio.run(store.get(ARRAY_KEY, default_buffer_prototype()))
@@ -247,11 +263,6 @@ def stray_objects(sizes: Iterable[str], settings: ArchiveSettings) -> list[str]:
     """Keys that belong to no part of the archive."""
     known = {GROUP_KEY, ARRAY_KEY, WEIGHTS_KEY} | {shard_key(i) for i in settings.grid.shard_indices()}
     return sorted(key for key in sizes if key not in known and not key.startswith(STATISTICS))
-
-
-def _fill(settings: ArchiveSettings) -> Any:
-    value = float(settings.fill_value)
-    return value if np.issubdtype(np.dtype(settings.dtype), np.floating) else int(value)
 
 
 def _json(document: dict[str, Any]) -> bytes:

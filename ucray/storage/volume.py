@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -89,6 +90,13 @@ class Volume:
             raise SourceError(
                 f"{self.url}: voxels {box} cannot be read: {' '.join(str(error).split())}"
             ) from error
+
+    def without_fill(self) -> Volume:
+        """The same volume, its fill value one like any other: whole numbers then have none."""
+        if np.issubdtype(np.dtype(self.dtype), np.floating):
+            return self
+        identity = hashlib.sha256(f"{self.identity}\nwithout fill".encode()).hexdigest()
+        return replace(self, fill_value=math.nan, identity=identity)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "array"}
