@@ -29,7 +29,7 @@ SHARDS = 64
 OPTIONS = ucray.CompressOptions(ratio=16, chunk=(32, 32, 32), shard=(32, 32, 32))
 LONG = "UCRAY_TEST_LONG"
 
-LIMIT = 150.0
+LIMIT = 400.0
 """Seconds after which a job counts as hung."""
 
 TITLES = {"encode": "MapBatches(_EncodeRow)", "write": "MapBatches(_WriteRow)", "read": "ReadBoxSource"}
