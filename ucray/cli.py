@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from ucray.console import progress, show
 from ucray.errors import UcrayError
 from ucray.grid import parse_shape
 
@@ -69,7 +64,7 @@ def synth(
     from ucray.cluster import jobs
 
     jobs.synth(destination, parse_shape(shape), seed, connection=jobs.Connection(endpoint_url))
-    _print({"volume": destination, "shape": list(parse_shape(shape)), "seed": seed}, as_json)
+    show({"volume": destination, "shape": list(parse_shape(shape)), "seed": seed}, as_json=as_json)
 
 
 @app.command()
@@ -120,7 +115,7 @@ def train(
         taught=not untaught,
         seed=seed,
     )
-    with _progress(as_json) as listener:
+    with progress(quiet=as_json) as listener:
         weights = jobs.train(
             source,
             destination,
@@ -140,7 +135,9 @@ def train(
             connection=jobs.Connection(endpoint_url, array),
             listener=listener,
         )
-    _print({"weights": destination, "digest": weights.digest, "bytes": len(weights.to_bytes())}, as_json)
+    show(
+        {"weights": destination, "digest": weights.digest, "bytes": len(weights.to_bytes())}, as_json=as_json
+    )
 
 
 @app.command()
@@ -207,9 +204,9 @@ def compress(
     )
     connection = jobs.Connection(endpoint_url, array)
     if dry_run:
-        _print(jobs.plan(source, options, weights, connection=connection).describe(), as_json)
+        show(jobs.plan(source, options, weights, connection=connection).describe(), as_json=as_json)
         return
-    with _progress(as_json) as listener:
+    with progress(quiet=as_json) as listener:
         report = jobs.compress(
             source,
             destination,
@@ -229,7 +226,7 @@ def compress(
             connection=connection,
             listener=listener,
         )
-    _print(dataclasses.asdict(report) | {"ratio": report.ratio}, as_json)
+    show(dataclasses.asdict(report) | {"ratio": report.ratio}, as_json=as_json)
     if report.left:
         raise typer.Exit(1)
 
@@ -266,11 +263,11 @@ def bench(
             source, output, loaded, device, batch, roi=roi, array=array, endpoint_url=endpoint_url
         )
         if as_json:
-            _print({"stages": [dataclasses.asdict(stage) for stage in stages]}, as_json)
+            show({"stages": [dataclasses.asdict(stage) for stage in stages]}, as_json=as_json)
         else:
             Console().print((Path(output) / STAGES_FILE).read_text(), markup=False)
         return
-    with _progress(as_json) as listener:
+    with progress(quiet=as_json) as listener:
         found = run(
             source,
             output,
@@ -286,7 +283,7 @@ def bench(
         )
     if as_json:
         points = [dataclasses.asdict(point) for point in found.points]
-        _print({"points": points, "missing": found.missing, "report": output}, as_json)
+        show({"points": points, "missing": found.missing, "report": output}, as_json=as_json)
     else:
         Console().print(to_markdown(found, source), markup=False)
 
@@ -304,7 +301,7 @@ def decompress(
     """Write an archive out as a plain OME-Zarr volume."""
     from ucray.cluster import jobs
 
-    with _progress(as_json) as listener:
+    with progress(quiet=as_json) as listener:
         done = jobs.decompress(
             archive,
             destination,
@@ -314,7 +311,7 @@ def decompress(
             connection=jobs.Connection(endpoint_url),
             listener=listener,
         )
-    _print(dataclasses.asdict(done), as_json)
+    show(dataclasses.asdict(done), as_json=as_json)
 
 
 @app.command()
@@ -334,7 +331,7 @@ def verify(
     """Check that an archive is whole; exits with 1 if it is not."""
     from ucray.cluster import jobs
 
-    with _progress(as_json) as listener:
+    with progress(quiet=as_json) as listener:
         found = jobs.verify(
             archive,
             source,
@@ -345,7 +342,7 @@ def verify(
             connection=jobs.Connection(endpoint_url, array),
             listener=listener,
         )
-    _print(dataclasses.asdict(found) | {"clean": found.clean}, as_json)
+    show(dataclasses.asdict(found) | {"clean": found.clean}, as_json=as_json)
     if not found.clean:
         raise typer.Exit(1)
 
@@ -355,7 +352,7 @@ def info(archive: Archive, endpoint_url: Endpoint = None, as_json: AsJson = Fals
     """Say what an archive holds, how large and how good it is."""
     from ucray.cluster import jobs
 
-    _print(jobs.info(archive, connection=jobs.Connection(endpoint_url)), as_json)
+    show(jobs.info(archive, connection=jobs.Connection(endpoint_url)), as_json=as_json)
 
 
 def main() -> None:
@@ -365,61 +362,3 @@ def main() -> None:
     except UcrayError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-
-
-@contextmanager
-def _progress(as_json: bool) -> Iterator[Callable[[Any], None]]:
-    """Progress bars on standard error; none where nobody looks or a script reads."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, disable=as_json or not console.is_terminal) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def listen(event: Any) -> None:
-            if event.stage not in tasks:
-                tasks[event.stage] = progress.add_task(event.stage, speed="", note="")
-            task = progress.tasks[progress.task_ids.index(tasks[event.stage])]
-            speed = ""
-            if event.stage in ("compress", "verify", "decompress") and task.elapsed:
-                speed = f"{event.done / task.elapsed / 1e6:.1f} MB/s"
-            progress.update(
-                tasks[event.stage], completed=event.done, total=event.total, speed=speed, note=event.note
-            )
-
-        yield listen
-
-
-def _print(document: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(_finite(document), indent=1))
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in document.items():
-        table.add_row(name.replace("_", " "), _shown(value))
-    Console().print(table)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(entry)}" for name, entry in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_shown(entry) for entry in value) or "none"
-    return str(value)
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity: an error-free volume's PSNR is null there."""
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

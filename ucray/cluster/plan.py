@@ -57,12 +57,13 @@ class CompressOptions(Settings):
 class Target:
     """What an archive must meet; of the three, those that are None were not asked for.
 
-    A `max_error` of zero is lossless.
+    A `max_error` of zero is lossless. A ratio that is `asked` for, and not the default, is met or refused.
     """
 
     ratio: float
     psnr: float | None = None
     max_error: float | None = None
+    asked: bool = False
 
     @classmethod
     def of(cls, options: CompressOptions) -> Target:
@@ -73,7 +74,8 @@ class Target:
             names = " and ".join("--" + name.replace("_", "-") for name in asked)
             raise SettingsError(f"{names} contradict each other; give one of them")
         ratio = DEFAULT_RATIO if options.ratio is None else options.ratio
-        return cls(ratio, options.psnr, 0.0 if options.lossless else options.max_error)
+        max_error = 0.0 if options.lossless else options.max_error
+        return cls(ratio, options.psnr, max_error, asked=options.ratio is not None)
 
     def describe(self) -> dict[str, float]:
         """The one target by name."""

@@ -97,7 +97,7 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     else:
         wanted = plan.bytes_in / target.ratio
         quality = finest_within(archive_bytes, wanted)
-        if quality == 0 and (least := archive_bytes(0)) > RATIO_TOLERANCE * wanted:
+        if target.asked and quality == 0 and (least := archive_bytes(0)) > RATIO_TOLERANCE * wanted:
             masks = sum(len(one.draft.mask) for one in prepared if one.draft is not None) * share
             hint = ""
             if masks > LARGE_MASKS * least:

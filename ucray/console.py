@@ -1,0 +1,123 @@
+"""What people and scripts see of a job: progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    # Whoever asks for --help does not wait for what a job needs.
+    from ucray.cluster.telemetry import Event, Listener
+
+LINE_SECONDS = 15.0
+"""Between two lines of progress where there is no terminal, as in the log of a cluster job."""
+
+IN_BYTES = ("compress", "verify", "decompress")
+"""Stages whose progress is counted in bytes."""
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Listener]:
+    """Shows the progress of jobs on standard error: bars on a terminal, lines now and then elsewhere."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda event: None
+    elif console.is_terminal:
+        with _bars(console) as listen:
+            yield listen
+    else:
+        yield Lines(lambda line: print(line, file=console.file, flush=True))
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Listener]:
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def listen(event: Event) -> None:
+            if event.stage not in tasks:
+                tasks[event.stage] = bars.add_task(event.stage, speed="", note="")
+            task = bars.tasks[bars.task_ids.index(tasks[event.stage])]
+            speed = _speed(event, task.elapsed or 0.0)
+            bars.update(
+                tasks[event.stage], completed=event.done, total=event.total, speed=speed, note=event.note
+            )
+
+        yield listen
+
+
+class Lines:
+    """A listener that writes a line when a stage begins, every LINE_SECONDS, and when it ends."""
+
+    def __init__(self, write: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
+        self._write = write
+        self._now = now
+        self._begun: dict[str, float] = {}
+        self._shown = -math.inf
+
+    def __call__(self, event: Event) -> None:
+        now = self._now()
+        first = event.stage not in self._begun
+        begun = self._begun.setdefault(event.stage, now)
+        if not (first or event.done >= event.total or now - self._shown >= LINE_SECONDS):
+            return
+        self._shown = now
+        share = event.done / event.total if event.total else 1.0
+        parts = [f"{event.stage} {share:.0%}", _speed(event, now - begun)]
+        if 0.0 < share < 1.0 and now > begun:
+            left = timedelta(seconds=round((now - begun) * (1.0 - share) / share))
+            parts.append(f"{left} left")
+        self._write(", ".join(part for part in (*parts, event.note) if part))
+
+
+def _speed(event: Event, seconds: float) -> str:
+    if event.stage not in IN_BYTES or not seconds or not event.done:
+        return ""
+    return f"{event.done / seconds / 1e6:.1f} MB/s"
+
+
+def show(document: dict[str, Any], *, as_json: bool) -> None:
+    """Print a result: a table for people, or one JSON document."""
+    if as_json:
+        print(json.dumps(_finite(document), indent=1))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in document.items():
+        table.add_row(name.replace("_", " "), _shown(value))
+    Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(entry)}" for name, entry in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_shown(entry) for entry in value) or "none"
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: an error-free volume's PSNR is null there."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
