@@ -58,7 +58,10 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def watch() -> None:
     """Runs in every worker process before anything else."""
-    changes = {"ucray.cluster.worker": _note_encodes, "ucray.storage.volume": _slow_down_reads}
+    changes: dict[str, Callable[[Any], None]] = {
+        "ucray.cluster.worker": _note_encodes,
+        "ucray.storage.volume": _slow_down_reads,
+    }
     sys.meta_path.insert(0, _Finder(changes))
 
 

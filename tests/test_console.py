@@ -42,7 +42,7 @@ def test_a_job_without_a_terminal_says_how_far_it_is(
 ) -> None:
     (tmp_path / "tiny").write_bytes(tiny_weights.to_bytes())
     ucray.synth(str(tmp_path / "em.zarr"), (32, 32, 32))
-    command = [Path(sys.executable).with_name("ucray"), "compress", "em.zarr", "em.ucray", "--serial"]
+    command = [str(Path(sys.executable).with_name("ucray")), "compress", "em.zarr", "em.ucray", "--serial"]
     command += ["--weights", "tiny", "--chunk", "32,32,32", "--ratio", "8", *["--json"] * quiet]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     lines = [line.split(",")[0] for line in ended.stderr.splitlines()]
