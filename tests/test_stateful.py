@@ -205,7 +205,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_any_order_of_jobs_kills_damage_and_repair(tmp_path: Path) -> None:
     Jobs.prepare(tmp_path)
     case = Jobs.TestCase
+    # The same eight orders every time: others are for a longer run with more examples.
     case.settings = settings(
-        max_examples=8, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=8,
+        stateful_step_count=12,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
     )
     case().runTest()
