@@ -88,7 +88,7 @@ def decode_chunk(data: bytes) -> None:
             continue
         except WeightsError:
             # An archive of bounded chunks has no student, and the other way round.
-            assert data[0] & 0x07 in (0, 3), name
+            assert chunk[3] & 0x07 in (0, 3), name
             continue
         assert voxels.shape == FORMAT.shape
         assert voxels.dtype == np.uint8

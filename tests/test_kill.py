@@ -238,9 +238,7 @@ def test_killed_again_and_again_in_a_random_order(site: Site) -> None:
             job.kill()
             job.communicate()
         site.finish(site.start(archive), archive)
-    assert [
-        index for index, at in encoded(site, archive) if watch.seen.get(shard_key(index), math.inf) < at
-    ] == []
+    assert coded_again(site, archive, watch) == []
 
 
 def test_two_drivers_at_once_make_one_archive(site: Site) -> None:

@@ -87,16 +87,15 @@ def test_get_put_and_list_are_enough_and_credentials_stay_where_they_are(
     compress = ["compress", source, archive, "--weights", f"s3://{BUCKET}/weights/tiny", "--ratio", "16"]
     compress += ["--chunk", "32,32,32", "--shard", "32,32,64", "--metrics-port", str(port)]
     seen: list[str] = []
-    for command in (
-        compress,
-        [*compress, "--serial", "--json"],
-        ["verify", archive, "--source", source, "--serial", "--json"],
-        ["decompress", archive, f"s3://{BUCKET}/archives/plain.zarr", "--serial", "--json"],
-        ["info", archive],
-        ["compress", source, f"s3://{BUCKET}/forbidden/em.ucray", *compress[3:], "--serial"],
+    for command, expected in (
+        (compress, 0),
+        ([*compress, "--serial", "--json"], 0),
+        (["verify", archive, "--source", source, "--serial", "--json"], 0),
+        (["decompress", archive, f"s3://{BUCKET}/archives/plain.zarr", "--serial", "--json"], 0),
+        (["info", archive], 0),
+        (["compress", source, f"s3://{BUCKET}/forbidden/em.ucray", *compress[3:], "--serial"], 2),
     ):
-        refused_place = "forbidden" in command[2] if len(command) > 2 else False
-        seen.append(_run(command, environment, tmp_path, port, expected=2 if refused_place else 0))
+        seen.append(_run(command, environment, tmp_path, port, expected=expected))
     assert any("ucray_bytes_out_total" in text for text in seen)
 
     secrets = [rights.limited_access_key, rights.limited_secret_key]
