@@ -18,7 +18,7 @@ import numpy.typing as npt
 from conftest import TINY, build_weights, smooth_volume_of
 from numpy.random import Generator
 
-from ucray.codec.bitstream import MAGIC, VERSION
+from ucray.codec.bitstream import HEADER, MAGIC, VERSION, VERSION_SHIFT
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
@@ -27,8 +27,6 @@ from ucray.errors import ChunkError, UcrayError, WeightsError
 from ucray.zarr_codec import UcrayCodec
 
 FORMAT = ChunkFormat((32, 32, 32), "uint8", 0.0, 128.0, 30.0)
-HEAD = 8
-"""Bytes of a chunk before its digest: magic, version, flags, checksum."""
 
 INTERESTING = (0x00, 0x01, 0x7F, 0x80, 0xFF)
 
@@ -68,14 +66,15 @@ def chunks() -> dict[str, bytes]:
 
 def forged(data: bytes) -> bytes:
     """A chunk whose checksum, version and digest are right, whatever the flags and the rest say."""
-    head = MAGIC + bytes([VERSION, data[0] if data else 0])
-    tail = bytes.fromhex(weights().stream_digest)[:4] + data[1:]
-    return head + int(google_crc32c.value(head + tail)).to_bytes(4, "little") + tail
+    flags = data[0] & ((1 << VERSION_SHIFT) - 1) if data else 0
+    head, tail = MAGIC + bytes([VERSION << VERSION_SHIFT | flags]), data[1:]
+    checked = bytes.fromhex(weights().stream_digest) + head + tail
+    return head + int(google_crc32c.value(checked)).to_bytes(4, "little") + tail
 
 
 def unforged(chunk: bytes) -> bytes:
     """What `forged` makes a chunk of."""
-    return chunk[3:4] + chunk[HEAD + 4 :]
+    return chunk[1:2] + chunk[HEADER:]
 
 
 def decode_chunk(data: bytes) -> None:
@@ -88,7 +87,7 @@ def decode_chunk(data: bytes) -> None:
             continue
         except WeightsError:
             # An archive of bounded chunks has no student, and the other way round.
-            assert chunk[3] & 0x07 in (0, 3), name
+            assert chunk[1] & 0x07 in (0, 3), name
             continue
         assert voxels.shape == FORMAT.shape
         assert voxels.dtype == np.uint8

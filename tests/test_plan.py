@@ -150,6 +150,8 @@ def test_levels_follow_the_voxels(voxel: tuple[float, float, float], stride: Sha
     assert default_chunk(config) == chunk
     # Large networks change who encodes and teaches, not the stream, nor who decodes.
     large = config_for_voxels(voxel, large=True)
+    assert large.analysis is not None
+    assert config.analysis is not None
     assert large.analysis.latent_width > config.analysis.latent_width
     assert large.teacher.latent_width > config.teacher.latent_width
     assert msgspec.structs.replace(large, analysis=config.analysis, teacher=config.teacher) == config

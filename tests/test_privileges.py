@@ -20,6 +20,7 @@ from object_store import ObjectStore
 
 import ucray
 from ucray.storage.objects import open_objects
+from ucray.storage.shard import shard_key
 
 BUCKET = "ucray-rights"
 POLICY = {
@@ -134,3 +135,39 @@ def _run(command: list[str], environment: dict[str, str], folder: Path, port: in
     job.stdout.close()
     assert job.returncode == expected, printed
     return printed + metrics
+
+
+def test_a_shard_that_the_store_refuses_is_listed_and_done_by_the_next_job(
+    rights: ObjectStore, short_folder: Path, tmp_path: Path
+) -> None:
+    """403 for one object of four: the others are stored, the job exits with 1, its list leads to the rest."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
+    environment |= rights.environment(limited=True) | {"RAY_TMPDIR": str(short_folder)}
+    archive, listing = f"s3://{BUCKET}/archives/refused.ucray", tmp_path / "failed.json"
+    compress = ["compress", f"s3://{BUCKET}/source/em.zarr", archive, "--ratio", "16", "--json"]
+    compress += ["--weights", f"s3://{BUCKET}/weights/tiny", "--chunk", "32,32,32", "--shard", "32,32,64"]
+    refused = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": ["s3:PutObject"],
+        "Resource": [f"arn:aws:s3:::{BUCKET}/archives/refused.ucray/{shard_key((1, 0, 0))}"],
+    }
+    client = rights.client()
+    policy = POLICY | {"Statement": [*POLICY["Statement"], refused]}
+    client.put_bucket_policy(Bucket=BUCKET, Policy=json.dumps(policy))
+    try:
+        said = _run([*compress, "--failed-boxes", str(listing)], environment, tmp_path, 1, expected=1)
+    finally:
+        client.put_bucket_policy(Bucket=BUCKET, Policy=json.dumps(POLICY))
+    assert "1 of 4 shards failed" in said
+    (failed,) = json.loads(listing.read_text())
+    assert (failed["shard"], failed["box"]) == ([1, 0, 0], "32:64,0:32,0:64")
+    objects = open_objects(archive, rights.endpoint)
+    before = objects.sizes("0/c")
+    assert len(before) == 3
+
+    _run([*compress, "--serial", "--boxes", str(listing)], environment, tmp_path, 1, expected=0)
+    after = objects.sizes("0/c")
+    assert set(after) - set(before) == {shard_key((1, 0, 0))}
+    assert before.items() <= after.items()
+    _run(["verify", archive, "--serial", "--json"], environment, tmp_path, 1, expected=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,13 @@ def test_a_foreign_checkpoint_is_refused(tiny_config: CodecConfig) -> None:
         Trainer(CodecConfig(), SETTINGS).from_bytes(Trainer(tiny_config, SETTINGS).to_bytes())
 
 
+@pytest.fixture
+def unpruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps make no network that adds anything; keep them all."""
+    monkeypatch.setattr("ucray.training.prune.TOLERANCE", -math.inf)
+
+
+@pytest.mark.usefixtures("unpruned")
 def test_the_teacher_of_one_domain_teaches_the_student_of_another(
     sampler: Callable[[], TileSampler], tiny_config: CodecConfig, tiny_weights: Weights
 ) -> None:
@@ -112,6 +120,7 @@ def test_the_teacher_of_one_domain_teaches_the_student_of_another(
         np.testing.assert_array_equal(made.part("stream")[table], tiny_weights.part("stream")[table])
 
 
+@pytest.mark.usefixtures("unpruned")
 def test_a_student_of_another_size_starts_with_the_linear_part_of_the_one_before(
     sampler: Callable[[], TileSampler], tiny_config: CodecConfig, tiny_weights: Weights
 ) -> None:

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from ucray.codec.context import FEATURE_UNITS, TABLES
 from ucray.codec.entropy import TOTAL
-from ucray.codec.network import Analysis, Synthesis, load_network, stored_synthesis
+from ucray.codec.network import Synthesis, analysis_of, load_network, stored_synthesis, synthesis_of
 from ucray.codec.stream import StreamModel
 from ucray.codec.wavelet import WaveletPacket
 from ucray.codec.weights import FORMAT, SCALE, Array, Weights, stream_tensors
@@ -295,7 +295,7 @@ def test_a_misshapen_reference_is_refused(
 
 
 def test_networks_are_loaded_as_stored(tiny_weights: Weights) -> None:
-    student = Synthesis(tiny_weights.config, tiny_weights.config.student)
+    student = synthesis_of(tiny_weights.config, tiny_weights.config.student)
     load_network(tiny_weights, "student", student)
     state = student.state_dict()
     stored = tiny_weights.part("student")
@@ -328,7 +328,9 @@ def test_eight_bits_keep_a_student_s_matrices(tiny_weights: Weights) -> None:
 def test_a_network_far_larger_than_its_tensors_is_never_built(
     tiny_weights: Weights, sizes: dict[str, int]
 ) -> None:
-    config = replace(tiny_weights.config, student=replace(tiny_weights.config.student, **sizes))
+    student = tiny_weights.config.student
+    assert student is not None
+    config = replace(tiny_weights.config, student=replace(student, **sizes))
     with pytest.raises(WeightsError, match="does not fit its configuration"):
         stored_synthesis(Weights(config, tiny_weights.tensors), "student")
 
@@ -366,12 +368,12 @@ def test_a_scale_that_does_not_fit_is_refused(tiny_weights: Weights, scale: Arra
         tensors[name] = scale
     damaged = Weights(tiny_weights.config, tensors)
     with pytest.raises(WeightsError, match="scale"):
-        load_network(damaged, "student", Synthesis(damaged.config, damaged.config.student))
+        load_network(damaged, "student", synthesis_of(damaged.config, damaged.config.student))
 
 
 def test_decoder_weights_cannot_load_an_analysis(tiny_weights: Weights) -> None:
     with pytest.raises(WeightsError, match="hold no analysis"):
-        load_network(tiny_weights.decoder(), "analysis", Analysis(tiny_weights.config))
+        load_network(tiny_weights.decoder(), "analysis", analysis_of(tiny_weights.config))
 
 
 def test_a_network_of_another_shape_is_refused(tiny_weights: Weights) -> None:

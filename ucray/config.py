@@ -59,6 +59,9 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     the latent grid and `code_stride` from there to the grid of codebook codes. Latents are coded in
     `groups` of channels, each in the context of those before it; the first `checkered` groups are
     coded in two halves, as the squares of a checkerboard, the second in the context of the first.
+
+    Without sizes the analysis, or the student, is its linear part alone. A linear analysis computes no codes:
+    `code_stages` and `code_width` are zero with it, and with it alone.
     """
 
     wavelet: str = "haar"
@@ -68,16 +71,20 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     groups: Annotated[tuple[Width, ...], msgspec.Meta(min_length=1, max_length=16)] = (2, 4, 8, 18, 32, 64)
     checkered: Annotated[int, msgspec.Meta(ge=0, le=16)] = 6
     context_width: Width = 48
-    code_width: Width = 16
-    code_stages: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
+    code_width: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 16
+    code_stages: Annotated[int, msgspec.Meta(ge=0, le=8)] = 2
     codes: Annotated[int, msgspec.Meta(ge=2, le=256)] = 64
-    analysis: AnalysisConfig = AnalysisConfig()
+    analysis: AnalysisConfig | None = AnalysisConfig()
     teacher: SynthesisConfig = SynthesisConfig(
         latent_width=96, latent_blocks=3, grid_width=32, grid_blocks=2, inr_width=8
     )
-    student: SynthesisConfig = SynthesisConfig(
+    student: SynthesisConfig | None = SynthesisConfig(
         latent_width=32, latent_blocks=1, grid_width=16, grid_blocks=1, inr_width=4
     )
+
+    def __post_init__(self) -> None:
+        if {self.code_stages == 0, self.code_width == 0} != {self.analysis is None}:
+            raise ValueError("codes have stages and a width where an analysis computes them, and only there")
 
     @classmethod
     def parse(cls, found: object) -> CodecConfig:

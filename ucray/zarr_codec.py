@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ucray.codec.encoder import ChunkEncoder
 
 NAME = "ucray"
-VERSION = 5
+VERSION = 1
 
 WEIGHTS_LEVEL = 19
 """zstd level of the weights in the metadata."""

@@ -18,7 +18,7 @@ from ucray.bench.samples import blocks
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import ready
 from ucray.codec.encoder import ChunkEncoder
-from ucray.codec.network import Analysis, load_network, stored_synthesis
+from ucray.codec.network import analysis_of, load_network, stored_synthesis
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
 from ucray.grid import Shape3, triple
@@ -59,7 +59,7 @@ def measure_stages(
     voxels = [volume[whole[n % len(whole)].slices] for n in range(batch)]
     chunk_format = ChunkFormat(chunk, str(volume.dtype), 0.0, *normalisation(voxels, 0.0))
     place = torch.device(device)
-    analysis = Analysis(weights.config)
+    analysis = analysis_of(weights.config)
     load_network(weights, "analysis", analysis)
     analysis, synthesis = ready(analysis, place), ready(stored_synthesis(weights, "student"), place)
     values = np.stack(voxels).astype(np.float32)[:, None]

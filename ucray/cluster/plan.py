@@ -19,7 +19,7 @@ from ucray.grid import Box, Grid, Shape3, format_shape, parse_box, round_up, tri
 from ucray.settings import Settings, TrainingConfig
 from ucray.storage.volume import Volume
 
-FINGERPRINT_VERSION = 2
+FINGERPRINT_VERSION = 1
 
 NETWORK_MEMORY = 1536 * 2**20
 """Bytes an encode worker holds whatever the shard: interpreter, torch, networks, one chunk's features."""

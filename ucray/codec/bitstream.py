@@ -13,10 +13,16 @@ import numpy.typing as npt
 from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
-MAGIC = b"UC"
-VERSION = 5
-HEADER = 12
-"""Bytes before the body: magic, version, kind and flags, CRC-32C, digest of the stream."""
+MAGIC = b"U"
+VERSION = 1
+HEADER = 6
+"""Bytes before the body: magic; version, kind and flags; CRC-32C."""
+
+VERSION_SHIFT = 5
+"""Of the version in the byte that it shares with kind and flags."""
+
+HAS_ESCAPES = 0x80
+"""In a neural body's byte of passes."""
 
 LARGEST_VARINT = (1 << 31) - 1
 
@@ -72,8 +78,6 @@ class Chunk:
 
     Parameters
     ----------
-    stream_digest
-        First four bytes of the digest of the stream tables it was coded with.
     origin
         The chunk's index in the grid (z, y, x), if it was written into a known place.
     mask
@@ -83,15 +87,14 @@ class Chunk:
     """
 
     kind: Kind
-    stream_digest: bytes
     origin: Shape3 | None
     mask: bytes
     body: Body
 
 
-def write_chunk(chunk: Chunk) -> bytes:
-    """Serialise a chunk with its checksum."""
-    flags = int(chunk.kind)
+def write_chunk(chunk: Chunk, stream_digest: bytes) -> bytes:
+    """Serialise a chunk, with a checksum over it and the digest of the stream tables it was coded with."""
+    flags = VERSION << VERSION_SHIFT | int(chunk.kind)
     parts = []
     if chunk.origin is not None:
         flags |= HAS_ORIGIN
@@ -100,73 +103,90 @@ def write_chunk(chunk: Chunk) -> bytes:
         flags |= HAS_MASK
         parts += [_varint(len(chunk.mask)), chunk.mask]
     if isinstance(chunk.body, NeuralBody):
-        parts += [
-            bytes([chunk.body.quality, chunk.body.passes]),
-            _symbols(chunk.body.words, chunk.body.escapes),
-        ]
+        parts += [*_neural(chunk.body)]
     elif isinstance(chunk.body, BoundedBody):
         coarse, residual = chunk.body.coarse, chunk.body.residual
-        parts += [bytes([coarse.quality, coarse.passes]), _sized(_symbols(coarse.words, coarse.escapes))]
+        settings, symbols = _neural(coarse)
+        parts += [settings, _sized(symbols)]
         parts += [struct.pack("<dB", residual.max_error, residual.shift), _sized(residual.tables)]
-        parts += [_sized(residual.low), _symbols(residual.words, residual.escapes)]
+        parts += [_sized(residual.low), _escapes(residual.escapes) + _words(residual.words)]
     else:
         parts.append(chunk.body)
-    head = MAGIC + bytes([VERSION, flags])
-    tail = chunk.stream_digest[:4] + b"".join(parts)
-    return head + _checksum(head, tail) + tail
+    head, tail = MAGIC + bytes([flags]), b"".join(parts)
+    return head + _checksum(stream_digest, head, tail) + tail
 
 
-def read_chunk(data: bytes) -> Chunk:
-    """Parse and check a chunk.
+def read_chunk(data: bytes, stream_digest: bytes) -> Chunk:
+    """Parse and check a chunk that was coded with the stream tables of a digest.
 
     Raises
     ------
     ChunkError
-        If the bytes are no chunk, of a newer version, cut, or have flipped bits.
+        If the bytes are no chunk, of a newer version, cut or changed, or were coded with other tables.
     """
-    if len(data) < HEADER or data[:2] != MAGIC:
+    if len(data) < HEADER or data[:1] != MAGIC:
         raise ChunkError(f"{len(data)} bytes that do not start with a chunk's header")
-    if data[2] != VERSION:
-        raise ChunkError(f"a chunk of format version {data[2]}; this ucray reads version {VERSION}")
-    head, stored, tail = data[:4], data[4:8], data[8:]
-    if _checksum(head, tail) != stored:
-        raise ChunkError("a chunk whose checksum does not match: its bytes are cut or changed")
+    flags, version = data[1], data[1] >> VERSION_SHIFT
+    if version != VERSION:
+        raise ChunkError(f"a chunk of format version {version}; this ucray reads version {VERSION}")
+    head, stored, tail = data[:2], data[2:HEADER], data[HEADER:]
+    if _checksum(stream_digest, head, tail) != stored:
+        raise ChunkError(
+            "a chunk whose checksum does not match: its bytes are cut or changed, or it was coded with "
+            f"other weights than {stream_digest.hex()[:8]}"
+        )
     try:
-        kind = Kind(data[3] & 0x07)
+        kind = Kind(flags & 0x07)
     except ValueError:
-        raise ChunkError(f"a chunk of unknown kind {data[3] & 0x07}") from None
-    if data[3] & ~(0x07 | HAS_ORIGIN | HAS_MASK):
-        raise ChunkError("a chunk with flags of a later version")
-    reader = _Reader(tail, 4)
-    origin = (reader.varint(), reader.varint(), reader.varint()) if data[3] & HAS_ORIGIN else None
-    mask = reader.take(reader.varint()) if data[3] & HAS_MASK else b""
+        raise ChunkError(f"a chunk of unknown kind {flags & 0x07}") from None
+    reader = _Reader(tail, 0)
+    origin = (reader.varint(), reader.varint(), reader.varint()) if flags & HAS_ORIGIN else None
+    mask = reader.take(reader.varint()) if flags & HAS_MASK else b""
     body: Body
     if kind is Kind.NEURAL:
         quality, passes = reader.take(2)
-        body = NeuralBody(quality, passes, *reader.symbols())
+        body = _read_neural(quality, passes, reader)
     elif kind is Kind.BOUNDED:
         quality, passes = reader.take(2)
-        coarse = NeuralBody(quality, passes, *_Reader(reader.take(reader.varint()), 0).symbols())
+        coarse = _read_neural(quality, passes, _Reader(reader.take(reader.varint()), 0))
         max_error, shift = struct.unpack("<dB", reader.take(9))
         tables, low = reader.take(reader.varint()), reader.take(reader.varint())
-        body = BoundedBody(coarse, ResidualBody(max_error, shift, tables, low, *reader.symbols()))
+        escapes = reader.escapes()
+        body = BoundedBody(coarse, ResidualBody(max_error, shift, tables, low, reader.words(), escapes))
     else:
         body = reader.rest()
-    return Chunk(kind, tail[:4], origin, mask, body)
+    return Chunk(kind, origin, mask, body)
 
 
-def _symbols(words: npt.NDArray[np.uint32], escapes: npt.NDArray[np.int32]) -> bytes:
-    """Number of escapes, escapes, words to the end."""
-    escaped = b"".join(_varint(_zigzag(int(symbol))) for symbol in escapes)
-    return _varint(len(escapes)) + escaped + words.astype("<u4").tobytes()
+def _neural(body: NeuralBody) -> tuple[bytes, bytes]:
+    """Quality and passes; coded symbols."""
+    escaped = len(body.escapes) > 0
+    settings = bytes([body.quality, body.passes | HAS_ESCAPES * escaped])
+    return settings, (_escapes(body.escapes) if escaped else b"") + _words(body.words)
+
+
+def _read_neural(quality: int, passes: int, reader: _Reader) -> NeuralBody:
+    escapes = reader.escapes() if passes & HAS_ESCAPES else np.empty(0, np.int32)
+    return NeuralBody(quality, passes & ~HAS_ESCAPES, reader.words(), escapes)
+
+
+def _escapes(escapes: npt.NDArray[np.int32]) -> bytes:
+    """Number of escapes, escapes."""
+    return _varint(len(escapes)) + b"".join(_varint(_zigzag(int(symbol))) for symbol in escapes)
+
+
+def _words(words: npt.NDArray[np.uint32]) -> bytes:
+    """Words without the zero bytes that the last one ends with, three at most."""
+    data = words.astype("<u4").tobytes()
+    return data[:-3] + data[-3:].rstrip(b"\0")
 
 
 def _sized(data: bytes) -> bytes:
     return _varint(len(data)) + data
 
 
-def _checksum(head: bytes, tail: bytes) -> bytes:
-    return int(google_crc32c.extend(google_crc32c.value(head), tail)).to_bytes(4, "little")
+def _checksum(stream_digest: bytes, head: bytes, tail: bytes) -> bytes:
+    return int(google_crc32c.extend(google_crc32c.value(stream_digest + head), tail)).to_bytes(4, "little")
 
 
 def _varint(number: int) -> bytes:
@@ -208,16 +228,16 @@ class _Reader:
                 return number
         raise ChunkError("a chunk with a number that is too large, or does not end")
 
-    def symbols(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
-        """Words and escapes of what is left."""
+    def escapes(self) -> npt.NDArray[np.int32]:
         count = self.varint()
         if count > len(self._data):
             raise ChunkError("a chunk whose lengths do not fit its bytes")
-        escapes = np.array([_unzigzag(self.varint()) for _ in range(count)], dtype=np.int32)
+        return np.array([_unzigzag(self.varint()) for _ in range(count)], dtype=np.int32)
+
+    def words(self) -> npt.NDArray[np.uint32]:
+        """What is left."""
         rest = self.rest()
-        if len(rest) % 4:
-            raise ChunkError("a chunk whose lengths do not fit its bytes")
-        return np.frombuffer(rest, dtype="<u4").astype(np.uint32), escapes
+        return np.frombuffer(rest + bytes(-len(rest) % 4), dtype="<u4").astype(np.uint32)
 
     def rest(self) -> bytes:
         return self.take(len(self._data) - self._place)

@@ -8,6 +8,8 @@ averages (van den Oord et al. 2017, appendix A.1); codes that fall out of use re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
@@ -41,8 +43,10 @@ class ResidualCodebook(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Sum of the chosen entries: codes (n, stages) to vectors (n, width)."""
-        chosen = [entries[code] for entries, code in zip(self.entries, codes.unbind(1), strict=True)]
-        return torch.stack(chosen).sum(dim=0)
+        total = self.entries.new_zeros(len(codes), self.entries.shape[2])
+        for entries, code in zip(self.entries, codes.unbind(1), strict=True):
+            total = total + entries[code]
+        return total
 
     def learn(self, vectors: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """One training step: returns (codes, quantised vectors with straight-through gradient, loss).
@@ -54,7 +58,7 @@ class ResidualCodebook(nn.Module):
             codes = self.quantise(vectors)
             quantised = self.lookup(codes)
             self._follow(vectors.detach(), codes, generator)
-        commitment = functional.mse_loss(vectors, quantised)
+        commitment = functional.mse_loss(vectors, quantised) if vectors.numel() else vectors.sum()
         return codes, vectors + (quantised - vectors).detach(), commitment
 
     def start(self, vectors: Tensor, generator: torch.Generator) -> None:
@@ -92,11 +96,18 @@ class ResidualCodebook(nn.Module):
             residual = residual - before
 
 
+def spread(vectors: Tensor, shape: Sequence[int]) -> Tensor:
+    """Vectors (batch, width, z, y, x) on the grid of codes, each repeated over its cells of a finer grid."""
+    for axis, (cells, codes) in enumerate(zip(shape, vectors.shape[2:], strict=True), start=2):
+        vectors = vectors.repeat_interleave(cells // codes, dim=axis)
+    return vectors
+
+
 def quantise_codes(entries: Tensor, z: Tensor) -> Tensor:
     """Codes of side latents (batch, width, z, y, x): int64 (batch, stages, z, y, x)."""
     vectors = z.permute(0, 2, 3, 4, 1)
-    flat = _quantise(entries, vectors.reshape(-1, vectors.shape[-1]))
-    return flat.reshape(*vectors.shape[:4], -1).permute(0, 4, 1, 2, 3)
+    flat = _quantise(entries, vectors.flatten(0, 3))
+    return flat.reshape(*vectors.shape[:4], len(entries)).permute(0, 4, 1, 2, 3)
 
 
 def _quantise(entries: Tensor, vectors: Tensor) -> Tensor:
@@ -105,7 +116,7 @@ def _quantise(entries: Tensor, vectors: Tensor) -> Tensor:
         nearest = _nearest(vectors, book)
         vectors = vectors - book[nearest]
         codes.append(nearest)
-    return torch.stack(codes, dim=1)
+    return torch.stack(codes, dim=1) if codes else vectors.new_zeros(len(vectors), 0, dtype=torch.int64)
 
 
 def _nearest(vectors: Tensor, entries: Tensor) -> Tensor:

@@ -197,8 +197,10 @@ class ContextModel:
 
     def vectors(self, codes: Codes) -> Whole:
         """Sum of the chosen codebook entries: codes (stages, z, y, x) to (z, y, x, width)."""
-        chosen = [entries[code] for entries, code in zip(self.codebook, codes, strict=True)]
-        return np.asarray(np.sum(chosen, axis=0, dtype=np.int64))
+        total = np.zeros((*codes.shape[1:], self.codebook.shape[2]), dtype=np.int64)
+        for entries, code in zip(self.codebook, codes, strict=True):
+            total += entries[code]
+        return total
 
 
 class Walk:
@@ -219,7 +221,7 @@ class Walk:
         share = [
             (2 * FEATURE_UNITS * quality**n + (top := (QUALITIES - 1) ** n)) // (2 * top) for n in (1, 2)
         ]
-        shares = np.broadcast_to(np.array(share), (side[..., 0].size, QUALITY_FEATURES))
+        shares = np.broadcast_to(np.array(share), (math.prod(shape), QUALITY_FEATURES))
         common = np.concatenate([side.reshape(len(shares), -1), shares], axis=1)
         self._common = np.clip(common, -LARGEST_FEATURE, LARGEST_FEATURE).astype(np.float32)
         self._geometry = _Geometry.of(shape)

@@ -15,7 +15,8 @@ from ucray.codec.bitstream import BoundedBody, Kind, NeuralBody, read_chunk
 from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.context import FEATURE_UNITS
 from ucray.codec.fill import Mask, keep_off_fill, unpack_exactly, unpack_mask
-from ucray.codec.network import Synthesis, stored_synthesis
+from ucray.codec.linear import LinearSynthesis
+from ucray.codec.network import stored_synthesis
 from ucray.codec.residual import apply_residual, decode_residual
 from ucray.codec.stream import CodedLatents
 from ucray.codec.weights import Weights
@@ -46,7 +47,7 @@ class ChunkDecoder:
         self.format = chunk
         self._config = weights.config
         self._stream = weights.stream
-        self._digest = bytes.fromhex(weights.stream_digest)[:4]
+        self._digest = bytes.fromhex(weights.stream_digest)
         self._device = torch.device(device)
         bounded = part == "student" and weights.part("reference")
         if not (bounded or weights.part(part)):
@@ -94,11 +95,7 @@ class ChunkDecoder:
 
     def _parsed(self, data: bytes, origin: Shape3 | None) -> tuple[CodedLatents | Voxels, Mask]:
         """Latents for the networks, or voxels where none are needed; and the mask of fill voxels."""
-        chunk = read_chunk(data)
-        if chunk.stream_digest != self._digest:
-            raise ChunkError(
-                f"a chunk coded with weights {chunk.stream_digest.hex()}, decoded with {self._digest.hex()}"
-            )
+        chunk = read_chunk(data, self._digest)
         if origin is not None and chunk.origin is not None and chunk.origin != origin:
             raise ChunkError(f"the chunk of place {chunk.origin} stands at place {origin}")
         if chunk.mask and not self.format.has_fill:
@@ -136,7 +133,7 @@ class ChunkDecoder:
         return voxels
 
     @cached_property
-    def _synthesis(self) -> Synthesis:
+    def _synthesis(self) -> LinearSynthesis:
         """The network, loaded when the first chunk needs it: bounded archives hold none."""
         return ready(stored_synthesis(self._weights, self._part), self._device)
 

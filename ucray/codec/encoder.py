@@ -22,7 +22,7 @@ from ucray.codec.context import FEATURE_UNITS, LARGEST_LATENT, Codes
 from ucray.codec.decoder import ChunkDecoder, batches, channels_last, ready
 from ucray.codec.fill import fill_mask, keep_off_fill, pack_mask
 from ucray.codec.inpaint import inpaint
-from ucray.codec.network import Analysis, load_network
+from ucray.codec.network import analysis_of, load_network
 from ucray.codec.residual import Residual, apply_residual, encode_residual, residual_of
 from ucray.codec.stream import CodedLatents, StreamModel, Symbols
 from ucray.codec.weights import Weights
@@ -103,7 +103,7 @@ class ChunkEncoder:
         self._device = torch.device(device)
         entries = weights.stream.context.codebook.astype(np.float32) / FEATURE_UNITS
         self._codebook = torch.from_numpy(entries.astype(np.float32)).to(self._device)
-        self._analysis = Analysis(weights.config)
+        self._analysis = analysis_of(weights.config)
         load_network(weights, "analysis", self._analysis)
         self._analysis = ready(self._analysis, self._device)
 
@@ -261,10 +261,10 @@ def pack(draft: Draft | None, stream: StreamModel, stream_digest: str) -> Packed
     """Second half of encoding: code a draft and choose the shortest kind. Needs no network."""
     if draft is None:
         return Packed(b"", Kind.CONSTANT, ErrorSum())
-    digest = bytes.fromhex(stream_digest)[:4]
-    raw = write_chunk(Chunk(Kind.RAW, digest, draft.origin, b"", draft.raw)) if draft.raw else b""
+    digest = bytes.fromhex(stream_digest)
+    raw = write_chunk(Chunk(Kind.RAW, draft.origin, b"", draft.raw), digest) if draft.raw else b""
     if draft.value:
-        data = write_chunk(Chunk(Kind.CONSTANT, digest, draft.origin, draft.mask, draft.value))
+        data = write_chunk(Chunk(Kind.CONSTANT, draft.origin, draft.mask, draft.value), digest)
         return Packed(data, Kind.CONSTANT, draft.error)
     if draft.symbols is not None:
         body: NeuralBody | BoundedBody
@@ -273,7 +273,7 @@ def pack(draft: Draft | None, stream: StreamModel, stream_digest: str) -> Packed
         kind = Kind.NEURAL
         if draft.residual is not None:
             kind, body = Kind.BOUNDED, BoundedBody(body, encode_residual(draft.residual, stream.frequencies))
-        data = write_chunk(Chunk(kind, digest, draft.origin, draft.mask, body))
+        data = write_chunk(Chunk(kind, draft.origin, draft.mask, body), digest)
         if not raw or len(data) < len(raw):
             return Packed(data, kind, draft.error)
     return Packed(raw, Kind.RAW, ErrorSum(draft.error.voxels))

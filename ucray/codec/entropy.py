@@ -152,7 +152,7 @@ class SymbolReader:
         """Codes (stages, z, y, x) of a grid (z, y, x)."""
         count = math.prod(grid)
         planes = [self._coder.decode(model, count) for model in self._frequencies.code_models]
-        return np.stack(planes).astype(np.uint8).reshape(-1, *grid)
+        return np.array(planes, dtype=np.uint8).reshape(len(planes), *grid)
 
     def symbols(self, tables: Tables) -> npt.NDArray[np.int32]:
         """Symbols of one pass, from its tables, flat."""

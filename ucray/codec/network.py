@@ -10,26 +10,24 @@
                    |                                                  +--> INR --------^
                    +--> linear --> subbands -------------------------------------------^
 
-Both directions are a linear transform with a learned correction. The linear part starts as the
-Karhunen-Loeve transform of the training volume, so that training starts from a working transform
-codec instead of from noise.
+Both directions are the linear transform of `ucray.codec.linear` with a learned correction. Where a
+configuration has no sizes for a network, its linear part stands alone.
 """
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ucray.codec.codebook import spread
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.convolution import Convolution
 from ucray.codec.inr import CoordinateNetwork, cell_coordinates
-from ucray.codec.lapping import Lapping
-from ucray.codec.wavelet import WaveletPacket, cells_to_volume
+from ucray.codec.linear import LinearAnalysis, LinearSynthesis, in_float32
+from ucray.codec.wavelet import cells_to_volume
 from ucray.codec.weights import Weights
-from ucray.config import CodecConfig, SynthesisConfig
+from ucray.config import AnalysisConfig, CodecConfig, SynthesisConfig
 from ucray.errors import WeightsError
 from ucray.grid import Shape3, triple
 
@@ -63,19 +61,14 @@ class ResidualBlocks(nn.ModuleList):
         return x
 
 
-class Analysis(nn.Module):
+class Analysis(LinearAnalysis):
     """g_a: normalised chunks (batch, 1, z, y, x) to latents y and side latents z."""
 
     subband_scale: Tensor
-    latent_scale: Tensor
 
-    def __init__(self, config: CodecConfig) -> None:
-        super().__init__()
-        sizes = config.analysis
+    def __init__(self, config: CodecConfig, sizes: AnalysisConfig) -> None:
+        super().__init__(config)
         stride = config.latent_stride
-        self.lapped = Lapping(config.latent_cell)
-        self.wavelet = WaveletPacket(config.wavelet, config.levels)
-        self.linear = Convolution(config.subbands, config.latents, stride, stride=stride, bias=False)
         self.enter = Convolution(config.subbands, sizes.grid_width, 1)
         self.entered = QualityAffine(sizes.grid_width)
         self.grid = ResidualBlocks(sizes.grid_width, config.grid_kernel, sizes.grid_blocks)
@@ -88,7 +81,6 @@ class Analysis(nn.Module):
             sizes.latent_width, config.code_width, config.code_stride, stride=config.code_stride
         )
         self.register_buffer("subband_scale", torch.ones(config.subbands))
-        self.register_buffer("latent_scale", torch.ones(config.latents))
 
     def forward(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Latents y (batch, latents, ...) on the latent grid and z (batch, code_width, ...).
@@ -102,19 +94,15 @@ class Analysis(nn.Module):
         """
         with in_float32(x):
             subbands = self.subbands(x)
-            y = self.linear(subbands)
+            y = torch.as_tensor(self.linear(subbands))
         features = self.entered(self.enter(subbands / _channels(self.subband_scale)), quality)
         features = self.grid(functional.gelu(features), quality)
         features = self.finished(self.latent(functional.gelu(self.down(features)), quality), quality)
         y = y + self.correct(features).float() * _channels(self.latent_scale)
         return y, self.side(features).float()
 
-    def subbands(self, x: Tensor) -> Tensor:
-        """Wavelet coefficients (batch, subbands, ...) of lapped chunks (batch, 1, z, y, x)."""
-        return torch.as_tensor(self.wavelet(self.lapped(x)))
 
-
-class Synthesis(nn.Module):
+class Synthesis(LinearSynthesis):
     """g_s: dequantised latents, prior and quality to normalised chunks (batch, 1, z, y, x)."""
 
     subband_scale: Tensor
@@ -122,18 +110,14 @@ class Synthesis(nn.Module):
     coordinates: Tensor
 
     def __init__(self, config: CodecConfig, sizes: SynthesisConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         stride = config.latent_stride
         self.cell = config.grid_stride
-        self.lapped = Lapping(config.latent_cell, inverse=True)
-        self.wavelet = WaveletPacket(config.wavelet, config.levels)
-        self.linear = nn.ConvTranspose3d(config.latents, config.subbands, stride, stride=stride, bias=False)
         self.enter = Convolution(config.latents + config.code_width, sizes.latent_width, 1)
         self.entered = QualityAffine(sizes.latent_width)
         self.latent = ResidualBlocks(sizes.latent_width, (3, 3, 3), sizes.latent_blocks)
         self.up = nn.ConvTranspose3d(sizes.latent_width, sizes.grid_width, stride, stride=stride)
         self.grid = ResidualBlocks(sizes.grid_width, config.grid_kernel, sizes.grid_blocks)
-        self.rescaled = QualityAffine(config.latents)
         self.finished = QualityAffine(sizes.grid_width)
         self.correct = Convolution(sizes.grid_width, config.subbands, 1)
         _zero(self.correct)
@@ -142,7 +126,6 @@ class Synthesis(nn.Module):
         self.register_buffer("subband_scale", torch.ones(config.subbands))
         self.register_buffer("latent_scale", torch.ones(config.latents))
         self.register_buffer("coordinates", cell_coordinates(self.cell), persistent=False)
-        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x).
@@ -160,7 +143,7 @@ class Synthesis(nn.Module):
 
     def features(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
         """Features (batch, grid_width, ...) on the wavelet grid; what distillation compares."""
-        side = functional.interpolate(prior, size=y_hat.shape[2:], mode="nearest")
+        side = spread(prior, y_hat.shape[2:])
         # A latent that a quality leaves out has a mean that nothing holds in place: it is scaled away first.
         known = self.rescaled(y_hat, quality) / _channels(self.latent_scale)
         joined = torch.cat([known, side], dim=1)
@@ -174,65 +157,9 @@ class Synthesis(nn.Module):
         cells = features.permute(0, 2, 3, 4, 1).contiguous()
         detail = self.inr(functional.linear(cells, *_pointwise(self.feature)), self.coordinates).float()
         with in_float32(features):
-            y_hat = self.rescaled(y_hat, quality)
-            if self.wavelet.blockwise:
-                x_hat = self._decode_blocks(y_hat, cells.float(), detail)
-            else:
-                subbands = self.linear(y_hat) + self.correct(features.float()) * _channels(self.subband_scale)
-                x_hat = self.wavelet.inverse(subbands) + cells_to_volume(detail, self.cell)
-            return torch.as_tensor(self.lapped(x_hat))
-
-    def _decode_blocks(self, y_hat: Tensor, cells: Tensor, detail: Tensor) -> Tensor:
-        """Both linear layers joined with the inverse wavelet: a matrix product each, straight to voxels."""
-        inner, correct, bias = self._joined()
-        detail = torch.addmm(bias, cells.flatten(0, 3), correct).view_as(detail) + detail
-        base = y_hat.permute(0, 2, 3, 4, 1) @ inner.flatten(1)
-        # A latent gives several cells: they go to their places in the grid as they are added.
-        base = base.view(*base.shape[:4], *inner.shape[1:]).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        whole = (detail.view(base.shape) + base).reshape(detail.shape)
-        return cells_to_volume(whole, self.cell)
-
-    def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
-        """From latents, from features, and the bias, to voxels; kept where nothing is learned any more."""
-        if self._kept is not None:
-            return self._kept
-        block = self.wavelet.block
-        weight, bias = _pointwise(self.correct)
-        scaled = block * self.subband_scale[:, None]
-        joined = self.linear.weight.permute(0, 2, 3, 4, 1) @ block, weight.T @ scaled, bias @ scaled
-        if not self.training:
-            self._kept = joined
-        return joined
-
-
-def start_linear(analysis: Analysis, synthesis: Synthesis, tiles: Tensor) -> None:
-    """Set the linear parts to the Karhunen-Loeve transform of `tiles` (batch, 1, z, y, x)."""
-    stride = analysis.linear.stride
-    with torch.no_grad():
-        subbands = analysis.subbands(tiles)
-        blocks = subbands
-        for axis, size in enumerate(stride, start=2):
-            blocks = blocks.unfold(axis, int(size), int(size))
-        samples = blocks.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, analysis.linear.weight[0].numel())
-        covariance = samples.T.double() @ samples.double() / len(samples)
-        energy, vectors = torch.linalg.eigh(covariance)
-        kept = analysis.linear.out_channels
-        basis = vectors[:, -kept:].flip(1).T.float()
-        # The sign of an eigenvector is arbitrary; fix it so that a seed gives the same weights anywhere.
-        basis = basis * basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()
-        weight = basis.reshape(analysis.linear.weight.shape)
-        analysis.linear.weight.copy_(weight)
-        synthesis.linear.weight.copy_(weight)
-        latent_scale = energy[-kept:].flip(0).clamp_min(1e-6).sqrt().float()
-        subband_scale = subbands.square().mean(dim=(0, 2, 3, 4)).clamp_min(1e-6).sqrt()
-        for network in (analysis, synthesis):
-            network.latent_scale.copy_(latent_scale)
-            network.subband_scale.copy_(subband_scale)
-
-
-def in_float32(x: Tensor) -> AbstractContextManager[None]:
-    """Where networks run in fewer bits, what is linear still does not: latents need all of theirs."""
-    return torch.autocast(x.device.type, enabled=False)
+            subbands = self.correct(features.float()) * _channels(self.subband_scale)
+            correction = self.wavelet.inverse(subbands) + cells_to_volume(detail, self.cell)
+            return torch.as_tensor(self.lapped(self.unfiltered(y_hat, quality) + correction))
 
 
 def _zero(layer: Convolution) -> None:
@@ -250,7 +177,17 @@ def _channels(vector: Tensor) -> Tensor:
     return vector[None, :, None, None, None]
 
 
-def stored_synthesis(weights: Weights, part: str) -> Synthesis:
+def analysis_of(config: CodecConfig) -> LinearAnalysis:
+    """A new analysis as large as a configuration says."""
+    return LinearAnalysis(config) if config.analysis is None else Analysis(config, config.analysis)
+
+
+def synthesis_of(config: CodecConfig, sizes: SynthesisConfig | None) -> LinearSynthesis:
+    """A new synthesis of a size, or its linear part alone."""
+    return LinearSynthesis(config) if sizes is None else Synthesis(config, sizes)
+
+
+def stored_synthesis(weights: Weights, part: str) -> LinearSynthesis:
     """The synthesis that weights hold as "student" or "teacher".
 
     Raises
@@ -260,12 +197,13 @@ def stored_synthesis(weights: Weights, part: str) -> Synthesis:
     """
     config = weights.config
     sizes = config.teacher if part == "teacher" else config.student
-    # Built as large as a configuration says, a network could take all memory before anything is compared.
-    convolutions = sizes.latent_blocks * sizes.latent_width**2 + sizes.grid_blocks * sizes.grid_width**2
-    widest = config.latents * sizes.latent_width + sizes.latent_width * sizes.grid_width
-    if convolutions + widest + sizes.inr_width**2 > sum(a.size for a in weights.part(part).values()):
-        raise WeightsError(f"the weights are damaged: the {part} does not fit its configuration")
-    network = Synthesis(config, sizes)
+    if sizes is not None:
+        # Built as large as a configuration says, a network could take all memory before anything is compared.
+        convolutions = sizes.latent_blocks * sizes.latent_width**2 + sizes.grid_blocks * sizes.grid_width**2
+        widest = config.latents * sizes.latent_width + sizes.latent_width * sizes.grid_width
+        if convolutions + widest + sizes.inr_width**2 > sum(a.size for a in weights.part(part).values()):
+            raise WeightsError(f"the weights are damaged: the {part} does not fit its configuration")
+    network = synthesis_of(config, sizes)
     load_network(weights, part, network)
     return network
 

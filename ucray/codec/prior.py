@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ucray.codec.codebook import spread
 from ucray.codec.conditioning import KNOTS, at_quality
 from ucray.codec.context import (
     FEATURE_UNITS,
@@ -153,7 +154,7 @@ class ContextPrior(nn.Module):
         log_gain = self.gain_at(quality)[:, None, None, None, :]
         step = torch.exp2(-log_gain)
         values = y.permute(0, 2, 3, 4, 1)
-        side = functional.interpolate(vectors, size=y.shape[2:], mode="nearest").permute(0, 2, 3, 4, 1)
+        side = spread(vectors, y.shape[2:]).permute(0, 2, 3, 4, 1)
         share = quality[:, None] / (QUALITIES - 1)
         shares = _as_feature(torch.cat([share, share * share], dim=1))[:, None, None, None, :]
         common = torch.cat([_as_feature(side, straight=True), shares.expand(*side.shape[:4], -1)], dim=-1)

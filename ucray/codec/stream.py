@@ -20,6 +20,9 @@ from ucray.grid import Shape3
 
 LARGEST_SYMBOL = 32767
 
+PASS_BITS = 8.0
+"""What a pass has to be worth beyond its own bits: it takes a decoder's time."""
+
 
 @dataclass(frozen=True)
 class CodedLatents:
@@ -66,8 +69,11 @@ class StreamModel:
             tables.append(table.reshape(-1))
             values.append(symbols.reshape(-1))
             gains.append(float(np.square(uncoded).sum() - np.square(scaled - symbols).sum()))
-        # The last passes are left out where all that they say is not worth its bits.
-        while tables and gains[-1] <= SLOPE * self.frequencies.bits_of(tables[-1], values[-1]):
+        # The last passes are left out where all that they say is not worth its bits and its time.
+        while tables:
+            bits = self.frequencies.bits_of(tables[-1], values[-1]) + PASS_BITS
+            if gains[-1] > SLOPE * bits:
+                break
             walk.leave_out(self.context.passes[len(tables) - 1])
             del tables[-1], values[-1], gains[-1]
         return Symbols(codes, tuple(tables), tuple(values), quality), CodedLatents(

@@ -55,11 +55,6 @@ class WaveletPacket(nn.Module):
         """Whether the filters of neighbouring cells do not overlap, as those of Haar."""
         return self.lengths == self.stride and self.starts == (0, 0, 0)
 
-    @property
-    def block(self) -> Tensor:
-        """Where `blockwise`: the synthesis of one cell as a matrix (subbands, voxels of a cell)."""
-        return self.synthesis.reshape(len(self.synthesis), -1)
-
     def inverse(self, coefficients: Tensor) -> Tensor:
         """Volume (batch, 1, z, y, x) of coefficients as `forward` gives them."""
         extended = functional.conv_transpose3d(coefficients, self.synthesis, stride=self.stride)
@@ -100,6 +95,14 @@ def cells_to_volume(values: Tensor, cell: Shape3) -> Tensor:
     a, b, c = cell
     values = values.reshape(batch, z, y, x, a, b, c).permute(0, 1, 4, 2, 5, 3, 6)
     return values.reshape(batch, 1, z * a, y * b, x * c)
+
+
+def volume_to_cells(volume: Tensor, cell: Shape3) -> Tensor:
+    """Undo `cells_to_volume`: (batch, 1, Z, Y, X) to (batch, z, y, x, voxels of a cell)."""
+    batch, _, z, y, x = volume.shape
+    a, b, c = cell
+    values = volume.reshape(batch, z // a, a, y // b, b, x // c, c).permute(0, 1, 3, 5, 2, 4, 6)
+    return values.reshape(*values.shape[:4], a * b * c)
 
 
 LARGEST_BANK = 1 << 24

@@ -36,7 +36,7 @@ from ucray.codec.unlapping import STAGES, Blocks, Unlapping, block_sizes
 from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import WeightsError
 
-FORMAT = "ucray-weights-5"
+FORMAT = "ucray-weights-1"
 DECODER_PARTS = ("stream", "student")
 BOUNDED_PARTS = ("stream", "reference")
 LAYERS = ("first", "middle", "last")

@@ -50,7 +50,7 @@ WEIGHTS_KEY = "ucray/weights.safetensors"
 class ArchiveSettings(Settings):
     """What an archive records of itself in the group's attributes, under "ucray"."""
 
-    version: int = 3
+    version: int = 1
     fingerprint: str
     source: str
     source_array: str

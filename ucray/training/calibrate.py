@@ -14,7 +14,8 @@ from ucray.codec.codebook import quantise_codes
 from ucray.codec.context import FEATURE_UNITS
 from ucray.codec.entropy import FrequencyTables, logistic_weights, to_frequencies
 from ucray.codec.lapping import Lapping
-from ucray.codec.network import Synthesis, load_network
+from ucray.codec.linear import LinearSynthesis
+from ucray.codec.network import load_network
 from ucray.codec.residual import to_cells
 from ucray.codec.stream import StreamModel
 from ucray.codec.unlapping import LARGEST_ENTRY, SHIFT
@@ -42,8 +43,8 @@ def freeze(coder: Coder) -> None:
 def to_weights(
     config: CodecConfig,
     coder: Coder,
-    teacher: Synthesis,
-    student: Synthesis,
+    teacher: LinearSynthesis,
+    student: LinearSynthesis,
     batches: Sequence[Tensor],
     training: Mapping[str, Any],
 ) -> Weights:
@@ -54,7 +55,7 @@ def to_weights(
         FrequencyTables(
             reach=np.array([(len(w) - 2) // 2 for w in logistic], dtype=np.int16),
             frequencies=np.concatenate([to_frequencies(w) for w in logistic]),
-            code_frequencies=np.stack([to_frequencies(np.ones(config.codes))] * config.code_stages),
+            code_frequencies=_rows(np.ones((config.code_stages, config.codes))),
         ),
     )
     counts = _count(config, coder, draft, batches)
@@ -65,7 +66,7 @@ def to_weights(
     frequencies = FrequencyTables(
         reach=draft.frequencies.reach,
         frequencies=np.concatenate(counted),
-        code_frequencies=np.stack([to_frequencies(row + 1.0) for row in counts.codes]),
+        code_frequencies=_rows(counts.codes + 1.0),
     )
     tensors = stream_tensors(StreamModel(draft.context, frequencies)) | counts.reference(
         coder.analysis.lapped
@@ -79,7 +80,7 @@ def to_weights(
     return weights
 
 
-def load_weights(weights: Weights, coder: Coder, teacher: Synthesis) -> None:
+def load_weights(weights: Weights, coder: Coder, teacher: LinearSynthesis) -> None:
     """Start a coder and a teacher of the same configuration from stored weights."""
     for part, module in (("analysis", coder.analysis), ("teacher", teacher)):
         load_network(weights, part, module)
@@ -151,6 +152,12 @@ def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Seque
                         draft.frequencies.letters_of(tables, found), minlength=counts.symbols.size
                     )
     return counts
+
+
+def _rows(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
+    """Frequencies of each row; there may be none."""
+    rows = [to_frequencies(row) for row in weights]
+    return np.array(rows, dtype=np.uint16).reshape(weights.shape)
 
 
 def _whole_inverse(block: Tensor) -> npt.NDArray[np.generic]:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.lapping import Lapping
-from ucray.codec.network import Synthesis, start_linear, stored_synthesis
+from ucray.codec.linear import LinearSynthesis, start_linear
+from ucray.codec.network import Synthesis, stored_synthesis, synthesis_of
 from ucray.codec.prior import ContextPrior
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig
@@ -33,6 +34,7 @@ from ucray.settings import TrainingConfig
 from ucray.training.calibrate import freeze, load_weights, to_weights
 from ucray.training.lapping import start_lapping
 from ucray.training.loss import Coder, Distillation, RateDistortion, draw_quality
+from ucray.training.prune import Networks, prune
 from ucray.training.soap import Soap
 
 WARM_UP = 40
@@ -90,7 +92,7 @@ class Trainer:
         self.device = torch.device(device)
         self.coder = Coder(config)
         self.teacher = Synthesis(config, config.teacher)
-        self.student = Synthesis(config, config.student)
+        self.student = synthesis_of(config, config.student)
         self._distillation = Distillation(
             config, self.coder, self.teacher, self.student, taught=settings.taught
         )
@@ -158,10 +160,11 @@ class Trainer:
         self._started = True
 
     def finish(self, batches: Sequence[Tensor], training: Mapping[str, Any]) -> Weights:
-        """Weights after the last step; symbol frequencies are counted on `batches`."""
+        """Weights after the last step, pruned and counted on `batches`."""
         freeze(self.coder)
         moved = [batch.to(self.device) for batch in batches]
-        return to_weights(self.config, self.coder, self.teacher, self.student, moved, training)
+        made = prune(Networks(self.config, self.coder, self.teacher, self.student), moved)
+        return to_weights(made.config, made.coder, made.teacher, made.student, moved, training)
 
     def to_bytes(self) -> bytes:
         """State of the run as a safetensors file, for a checkpoint."""
@@ -239,11 +242,13 @@ class Trainer:
         return nn.ModuleList([self.coder, self.teacher, self._distillation])
 
 
-def _start_linear_like(student: Synthesis, other: Synthesis) -> None:
+def _start_linear_like(student: LinearSynthesis, other: LinearSynthesis) -> None:
     """Give a student another synthesis' linear part and scales: what is linear needs no teaching."""
     with torch.no_grad():
-        for name in ("latent_scale", "subband_scale"):
-            getattr(student, name).copy_(getattr(other, name))
+        scales = dict(other.named_buffers(recurse=False))
+        for name, buffer in student.named_buffers(recurse=False):
+            if name in scales:
+                buffer.copy_(scales[name])
     for name in ("linear", "rescaled", "lapped"):
         getattr(student, name).load_state_dict(getattr(other, name).state_dict())
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ucray.codec.codebook import ResidualCodebook, quantise_codes
-from ucray.codec.network import Analysis, Synthesis
+from ucray.codec.linear import LinearSynthesis
+from ucray.codec.network import Synthesis, analysis_of
 from ucray.codec.prior import ContextPrior, lambda_of
 from ucray.config import QUALITIES, CodecConfig
 
@@ -35,9 +36,10 @@ The loss itself grows about like the root of lambda; gradients of the finest qua
 
 @dataclass(frozen=True)
 class Stream:
-    """What a decoder gets for one batch, with gradients: latents, prior; and bits."""
+    """What a decoder gets for one batch, with gradients; codes are (n, stages), bits those of the latents."""
 
     y_hat: Tensor
+    codes: Tensor
     prior: Tensor
     bits: Tensor
     commitment: Tensor
@@ -48,7 +50,7 @@ class Coder(nn.Module):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        self.analysis = Analysis(config)
+        self.analysis = analysis_of(config)
         self.codebook = ResidualCodebook(config.code_stages, config.codes, config.code_width)
         self.prior = ContextPrior(config)
 
@@ -57,7 +59,7 @@ class Coder(nn.Module):
         self.prior.start(self.analysis.latent_scale)
         with torch.no_grad(), in_fewer_bits(x):
             vectors = self.analysis(x, quality)[1].permute(0, 2, 3, 4, 1)
-        self.codebook.start(vectors.reshape(-1, vectors.shape[-1]), generator)
+        self.codebook.start(vectors.flatten(0, 3), generator)
 
     def forward(self, x: Tensor, quality: Tensor, generator: torch.Generator) -> Stream:
         """Code chunks (batch, 1, z, y, x) at qualities (batch,).
@@ -67,11 +69,11 @@ class Coder(nn.Module):
         with in_fewer_bits(x):
             y, z = self.analysis(x, quality)
         vectors = z.permute(0, 2, 3, 4, 1)
-        _, quantised, commitment = self.codebook.learn(vectors.reshape(-1, vectors.shape[-1]), generator)
+        codes, quantised, commitment = self.codebook.learn(vectors.flatten(0, 3), generator)
         side = quantised.reshape(vectors.shape).permute(0, 4, 1, 2, 3)
         noise = torch.rand(y.shape, generator=generator, device=y.device) - 0.5
         coded = self.prior(y, side, quality, noise)
-        return Stream(coded.y_hat, side, coded.bits, commitment)
+        return Stream(coded.y_hat, codes, side, coded.bits, commitment)
 
 
 class RateDistortion(nn.Module):
@@ -80,7 +82,7 @@ class RateDistortion(nn.Module):
     The student reads the stream along with the teacher, so that the stream is one that both can read.
     """
 
-    def __init__(self, coder: Coder, teacher: Synthesis, student: Synthesis) -> None:
+    def __init__(self, coder: Coder, teacher: Synthesis, student: LinearSynthesis) -> None:
         super().__init__()
         self.coder = coder
         self.teacher = teacher
@@ -111,7 +113,7 @@ class Distillation(nn.Module):
         config: CodecConfig,
         coder: Coder,
         teacher: Synthesis,
-        student: Synthesis,
+        student: LinearSynthesis,
         *,
         taught: bool = True,
     ) -> None:
@@ -119,7 +121,9 @@ class Distillation(nn.Module):
         self.student = student
         self._output_weight = OUTPUT_WEIGHT if taught else 0.0
         self._feature_weight = FEATURE_WEIGHT if taught else 0.0
-        self.project = nn.Conv3d(config.student.grid_width, config.teacher.grid_width, 1)
+        # What is linear has no features to compare.
+        width = 0 if config.student is None else config.student.grid_width
+        self.project = nn.Conv3d(width, config.teacher.grid_width, 1) if width else None
         # Frozen parts are kept out of the module tree: they have no gradient and no state to save.
         self._frozen = (coder, teacher)
 
@@ -133,18 +137,25 @@ class Distillation(nn.Module):
         with torch.no_grad(), in_fewer_bits(x):
             teacher_features = teacher.features(stream.y_hat, stream.prior, quality)
             target = teacher.decode(stream.y_hat, teacher_features, quality)
+        mimic = x.new_zeros(())
         with in_fewer_bits(x):
-            features = self.student.features(stream.y_hat, stream.prior, quality)
-            x_hat = self.student.decode(stream.y_hat, features, quality)
-            projected = self.project(features).float()
+            if isinstance(self.student, Synthesis) and self.project is not None:
+                features = self.student.features(stream.y_hat, stream.prior, quality)
+                x_hat = self.student.decode(stream.y_hat, features, quality)
+                mimic = _difference(self.project(features).float(), teacher_features.float())
+            else:
+                x_hat = self.student(stream.y_hat, stream.prior, quality)
         data = (x_hat - x).square().mean(dim=(1, 2, 3, 4))
         output = (x_hat - target).square().mean(dim=(1, 2, 3, 4))
         weight = lambda_of(quality)
-        mimic = functional.mse_loss(projected, teacher_features.float())
-        mimic = mimic / teacher_features.float().square().mean().clamp_min(1e-6)
         loss = ((data + self._output_weight * output) / weight**BALANCE).mean() + self._feature_weight * mimic
         teacher_mse = (target - x).square().mean()
         return loss, {"mse": data.mean().detach(), "teacher_mse": teacher_mse.detach()}
+
+
+def _difference(found: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error against the mean square of what is wanted."""
+    return functional.mse_loss(found, wanted) / wanted.square().mean().clamp_min(1e-6)
 
 
 def frozen_stream(coder: Coder, x: Tensor, quality: Tensor) -> Stream:
@@ -152,10 +163,10 @@ def frozen_stream(coder: Coder, x: Tensor, quality: Tensor) -> Stream:
     with in_fewer_bits(x):
         y, z = coder.analysis(x, quality)
     codes = quantise_codes(coder.codebook.entries, z).permute(0, 2, 3, 4, 1)
-    side = coder.codebook.lookup(codes.reshape(-1, codes.shape[-1])).reshape(*codes.shape[:4], -1)
+    side = coder.codebook.lookup(codes.flatten(0, 3)).reshape(*codes.shape[:4], z.shape[1])
     side = side.permute(0, 4, 1, 2, 3)
     coded = coder.prior(y, side, quality)
-    return Stream(coded.y_hat, side, coded.bits, torch.zeros(()))
+    return Stream(coded.y_hat, codes.flatten(0, 3), side, coded.bits, torch.zeros(()))
 
 
 def draw_quality(batch: int, generator: torch.Generator) -> Tensor:

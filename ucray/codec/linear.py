@@ -1,0 +1,159 @@
+"""The linear transform that codes and decodes: lapping, wavelet packet, a matrix for every latent cell.
+
+::
+
+    x --lapping--DWT--linear--> y            y_hat --(scale and shift)--linear--DWT^-1--unlapping--> x_hat
+
+The matrix starts as the Karhunen-Loeve transform of the training volume, so that training starts from a
+working transform codec instead of from noise. `ucray.codec.network` adds networks to both directions.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from ucray.codec.conditioning import QualityAffine
+from ucray.codec.convolution import Convolution
+from ucray.codec.lapping import Lapping
+from ucray.codec.wavelet import WaveletPacket, cells_to_volume, volume_to_cells
+from ucray.config import CodecConfig
+
+
+class LinearAnalysis(nn.Module):
+    """Normalised chunks (batch, 1, z, y, x) to latents y; there are no side latents."""
+
+    latent_scale: Tensor
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        stride = config.latent_stride
+        self.lapped = Lapping(config.latent_cell)
+        self.wavelet = WaveletPacket(config.wavelet, config.levels)
+        self.linear = Convolution(config.subbands, config.latents, stride, stride=stride, bias=False)
+        self.latent_cell = config.latent_cell
+        self.code_stride = config.code_stride
+        self._kept: Tensor | None = None
+        self.register_buffer("latent_scale", torch.ones(config.latents))
+
+    def forward(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents y (batch, latents, ...) on the latent grid and z (batch, 0, ...) on the grid of codes.
+
+        Parameters
+        ----------
+        x
+            Normalised chunks (batch, 1, z, y, x).
+        quality
+            Qualities (batch,); what is linear is the same at all of them.
+        """
+        with in_float32(x):
+            y = self.latents(x)
+        grid = [n // s for n, s in zip(y.shape[2:], self.code_stride, strict=True)]
+        return y, y.new_zeros(len(y), 0, *grid)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """The linear latents of chunks (batch, 1, z, y, x)."""
+        if not self.wavelet.blockwise:
+            return torch.as_tensor(self.linear(self.subbands(x)))
+        # Filters of cells that do not overlap: one matrix product takes voxels straight to latents.
+        cells = volume_to_cells(self.lapped(x), self.latent_cell)
+        return (cells @ self._joined()).permute(0, 4, 1, 2, 3)
+
+    def _joined(self) -> Tensor:
+        """From the voxels of a latent cell to latents; kept where nothing is learned any more."""
+        if self._kept is not None:
+            return self._kept
+        joined = _cells_of(self.linear.weight, self.wavelet.analysis).T
+        if not self.training:
+            self._kept = joined
+        return joined
+
+    def subbands(self, x: Tensor) -> Tensor:
+        """Wavelet coefficients (batch, subbands, ...) of lapped chunks (batch, 1, z, y, x)."""
+        return torch.as_tensor(self.wavelet(self.lapped(x)))
+
+
+class LinearSynthesis(nn.Module):
+    """Dequantised latents and quality to normalised chunks (batch, 1, z, y, x)."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        stride = config.latent_stride
+        self.latent_cell = config.latent_cell
+        self.lapped = Lapping(config.latent_cell, inverse=True)
+        self.wavelet = WaveletPacket(config.wavelet, config.levels)
+        self.linear = nn.ConvTranspose3d(config.latents, config.subbands, stride, stride=stride, bias=False)
+        self.rescaled = QualityAffine(config.latents)
+        self._kept: Tensor | None = None
+
+    def forward(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
+        """Chunks (batch, 1, z, y, x).
+
+        Parameters
+        ----------
+        y_hat
+            Dequantised latents (batch, latents, ...) on the latent grid.
+        prior
+            Codebook vectors (batch, code_width, ...) on the grid of codes; the linear part reads none.
+        quality
+            Qualities (batch,) from 0 to QUALITIES - 1: how coarsely y_hat was rounded.
+        """
+        with in_float32(y_hat):
+            return torch.as_tensor(self.lapped(self.unfiltered(y_hat, quality)))
+
+    def unfiltered(self, y_hat: Tensor, quality: Tensor) -> Tensor:
+        """Chunks (batch, 1, z, y, x) before lapping is undone."""
+        y_hat = self.rescaled(y_hat, quality)
+        if not self.wavelet.blockwise:
+            return self.wavelet.inverse(self.linear(y_hat))
+        # Filters of cells that do not overlap: one matrix product takes latents straight to voxels.
+        return cells_to_volume(y_hat.permute(0, 2, 3, 4, 1) @ self._joined(), self.latent_cell)
+
+    def _joined(self) -> Tensor:
+        """From latents to the voxels of a latent cell; kept where nothing is learned any more."""
+        if self._kept is not None:
+            return self._kept
+        joined = _cells_of(self.linear.weight, self.wavelet.synthesis)
+        if not self.training:
+            self._kept = joined
+        return joined
+
+
+def start_linear(analysis: LinearAnalysis, synthesis: LinearSynthesis, tiles: Tensor) -> None:
+    """Set the linear parts to the Karhunen-Loeve transform of `tiles` (batch, 1, z, y, x)."""
+    stride = analysis.linear.stride
+    with torch.no_grad():
+        subbands = analysis.subbands(tiles)
+        blocks = subbands
+        for axis, size in enumerate(stride, start=2):
+            blocks = blocks.unfold(axis, int(size), int(size))
+        samples = blocks.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, analysis.linear.weight[0].numel())
+        covariance = samples.T.double() @ samples.double() / len(samples)
+        energy, vectors = torch.linalg.eigh(covariance)
+        kept = analysis.linear.out_channels
+        basis = vectors[:, -kept:].flip(1).T.float()
+        # The sign of an eigenvector is arbitrary; fix it so that a seed gives the same weights anywhere.
+        basis = basis * basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()
+        weight = basis.reshape(analysis.linear.weight.shape)
+        analysis.linear.weight.copy_(weight)
+        synthesis.linear.weight.copy_(weight)
+        scales = {
+            "latent_scale": energy[-kept:].flip(0).clamp_min(1e-6).sqrt().float(),
+            "subband_scale": subbands.square().mean(dim=(0, 2, 3, 4)).clamp_min(1e-6).sqrt(),
+        }
+        for network in (analysis, synthesis):
+            for name, buffer in network.named_buffers(recurse=False):
+                if name in scales:
+                    buffer.copy_(scales[name])
+
+
+def _cells_of(linear: Tensor, filters: Tensor) -> Tensor:
+    """Weight (latents, subbands, ...) as one over the voxels of a latent cell: (latents, voxels)."""
+    return torch.einsum("lsijk,sabc->liajbkc", linear, filters[:, 0]).flatten(1)
+
+
+def in_float32(x: Tensor) -> AbstractContextManager[None]:
+    """Where networks run in fewer bits, what is linear still does not: latents need all of theirs."""
+    return torch.autocast(x.device.type, enabled=False)
