@@ -266,7 +266,7 @@ def _work(loop: dict[str, Any]) -> None:
             tiles,
             job.chunk,
             job.config,
-            hash((job.settings.seed, rank, trainer.step_number)),
+            (job.settings.seed * 4096 + rank) * 2**32 + trainer.step_number,
             device=str(device),
         )
     latest: dict[str, float] = {}
