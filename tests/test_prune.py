@@ -10,7 +10,6 @@ import torch
 from conftest import smooth_volume_of
 from torch import Tensor
 
-from ucray.codec.linear import LinearSynthesis
 from ucray.codec.network import Synthesis
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES, CodecConfig
@@ -73,9 +72,10 @@ def test_a_student_whose_networks_are_needed_keeps_them(networks: Networks, batc
         student.correct.bias[0] = 4.0  # type: ignore[index]
         subbands = (student.correct.bias * student.subband_scale)[None, :, None, None, None]  # type: ignore[operator]
         offset = student.wavelet.inverse(subbands.expand(-1, -1, 2, 2, 2).contiguous()).flatten()
-        joined = LinearSynthesis._joined(student)
-        shift = torch.linalg.lstsq(joined.T, -offset[:, None]).solution[:, 0]
-        student.rescaled.shift.add_(shift)
+        # What each latent gives, column by column, and the latents that give nearest to the opposite.
+        units = torch.eye(networks.config.latents)[:, :, None, None, None]
+        cells = student.unfiltered(units, torch.zeros(len(units))).flatten(1)
+        student.rescaled.shift.add_(torch.linalg.lstsq(cells.T, -offset[:, None]).solution[:, 0])
     made = prune(networks, batches)
     assert made.config.student == networks.config.student
     assert made.config.analysis is None

@@ -20,7 +20,7 @@ from ucray.settings import TrainingConfig
 from ucray.synthetic import synthetic_volume
 from ucray.training.distill import Trainer
 from ucray.training.loss import draw_quality
-from ucray.training.tiles import TileSampler, prepare_tiles
+from ucray.training.tiles import TileSampler, prepare_tiles, tile_seed
 
 SETTINGS = TrainingConfig(teacher_steps=14, student_steps=10, batch=4, learning_rate=3e-3)
 CHUNK = (32, 32, 32)
@@ -247,3 +247,11 @@ def test_crops_turn_only_along_axes_that_are_alike() -> None:
     assert 0.02 < float(steps[:, 0].std()) < 0.3
     isotropic = TileSampler([np.zeros((40, 40, 40), np.float16)], (32, 32, 32), CodecConfig(), 0)
     assert isotropic.draw(3).shape == (3, 1, 32, 32, 32)
+
+
+def test_no_two_workers_and_no_two_resumed_runs_draw_alike() -> None:
+    """A seed that is negative would end the run; a hash was, every other time."""
+    seeds = [tile_seed(seed, rank, step) for seed in range(3) for rank in range(3) for step in (0, 200, 6400)]
+    assert len(set(seeds)) == len(seeds)
+    drawn = {tuple(np.random.default_rng(seed).integers(1 << 62, size=2)) for seed in seeds}
+    assert len(drawn) == len(seeds)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -407,3 +408,14 @@ def test_training_goes_on_from_the_stored_tables(tiny_weights: Weights) -> None:
     again = stream_tensors(StreamModel(context, tiny_weights.stream.frequencies))
     for name, array in tiny_weights.part("stream", keep_prefix=True).items():
         np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"analysis": None}, {"code_stages": 0}, {"code_width": 0}, {"code_stages": 0, "code_width": 0}],
+)
+def test_codes_and_the_networks_that_compute_them_go_together(changes: dict[str, object]) -> None:
+    with pytest.raises(msgspec.ValidationError, match="codes have stages"):
+        CodecConfig.parse(CodecConfig().to_json() | changes)
+    whole = CodecConfig().to_json() | {"analysis": None, "code_stages": 0, "code_width": 0}
+    assert CodecConfig.parse(whole).to_json() == whole

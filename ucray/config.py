@@ -83,7 +83,8 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
 
     def __post_init__(self) -> None:
-        if {self.code_stages == 0, self.code_width == 0} != {self.analysis is None}:
+        linear = self.analysis is None
+        if (self.code_stages == 0) != linear or (self.code_width == 0) != linear:
             raise ValueError("codes have stages and a width where an analysis computes them, and only there")
 
     @classmethod

@@ -44,7 +44,7 @@ from ucray.grid import Box, Shape3
 from ucray.settings import TrainingConfig
 from ucray.storage.volume import Volume
 from ucray.training.distill import START_TILES, Trainer
-from ucray.training.tiles import Tile, TileSampler, is_tissue, prepare_tiles
+from ucray.training.tiles import Tile, TileSampler, is_tissue, prepare_tiles, tile_seed
 
 TILES = 192
 """Tiles sampled over the volume."""
@@ -257,18 +257,13 @@ def _work(loop: dict[str, Any]) -> None:
         rank=rank,
     )
     # All workers start the linear parts from the same crops, whatever tiles they hold: rank 0's.
-    sampler = TileSampler(tiles, job.chunk, job.config, job.settings.seed * 4096 + rank, device=str(device))
+    seed = partial(tile_seed, job.settings.seed, rank)
+    sampler = TileSampler(tiles, job.chunk, job.config, seed(0), device=str(device))
     trainer.start(_from_first(sampler.draw(START_TILES)))
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             trainer.from_bytes((Path(folder) / STATE_FILE).read_bytes())
-        sampler = TileSampler(
-            tiles,
-            job.chunk,
-            job.config,
-            (job.settings.seed * 4096 + rank) * 2**32 + trainer.step_number,
-            device=str(device),
-        )
+        sampler = TileSampler(tiles, job.chunk, job.config, seed(trainer.step_number), device=str(device))
     latest: dict[str, float] = {}
     while trainer.step_number < trainer.total_steps:
         figures = trainer.step(sampler.draw(job.settings.batch))

@@ -22,20 +22,39 @@ from ucray.codec.wavelet import WaveletPacket, cells_to_volume, volume_to_cells
 from ucray.config import CodecConfig
 
 
-class LinearAnalysis(nn.Module):
+class LinearTransform(nn.Module):
+    """What both directions are made of: lapping and wavelet packet; `linear`, a layer, is each one's own."""
+
+    def __init__(self, config: CodecConfig, *, inverse: bool) -> None:
+        super().__init__()
+        self.latent_cell = config.latent_cell
+        self.lapped = Lapping(config.latent_cell, inverse=inverse)
+        self.wavelet = WaveletPacket(config.wavelet, config.levels)
+        self._kept: Tensor | None = None
+
+    def _joined(self, weight: Tensor, filters: Tensor) -> Tensor:
+        """A layer and the filters of one cell as a matrix (latents, voxels of a latent cell).
+
+        Where nothing is learned any more it is kept.
+        """
+        if self._kept is not None:
+            return self._kept
+        joined = torch.einsum("lsijk,sabc->liajbkc", weight, filters[:, 0]).flatten(1)
+        if not self.training:
+            self._kept = joined
+        return joined
+
+
+class LinearAnalysis(LinearTransform):
     """Normalised chunks (batch, 1, z, y, x) to latents y; there are no side latents."""
 
     latent_scale: Tensor
 
     def __init__(self, config: CodecConfig) -> None:
-        super().__init__()
+        super().__init__(config, inverse=False)
         stride = config.latent_stride
-        self.lapped = Lapping(config.latent_cell)
-        self.wavelet = WaveletPacket(config.wavelet, config.levels)
         self.linear = Convolution(config.subbands, config.latents, stride, stride=stride, bias=False)
-        self.latent_cell = config.latent_cell
         self.code_stride = config.code_stride
-        self._kept: Tensor | None = None
         self.register_buffer("latent_scale", torch.ones(config.latents))
 
     def forward(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,34 +78,21 @@ class LinearAnalysis(nn.Module):
             return torch.as_tensor(self.linear(self.subbands(x)))
         # Filters of cells that do not overlap: one matrix product takes voxels straight to latents.
         cells = volume_to_cells(self.lapped(x), self.latent_cell)
-        return (cells @ self._joined()).permute(0, 4, 1, 2, 3)
-
-    def _joined(self) -> Tensor:
-        """From the voxels of a latent cell to latents; kept where nothing is learned any more."""
-        if self._kept is not None:
-            return self._kept
-        joined = _cells_of(self.linear.weight, self.wavelet.analysis).T
-        if not self.training:
-            self._kept = joined
-        return joined
+        return (cells @ self._joined(self.linear.weight, self.wavelet.analysis).T).permute(0, 4, 1, 2, 3)
 
     def subbands(self, x: Tensor) -> Tensor:
         """Wavelet coefficients (batch, subbands, ...) of lapped chunks (batch, 1, z, y, x)."""
         return torch.as_tensor(self.wavelet(self.lapped(x)))
 
 
-class LinearSynthesis(nn.Module):
+class LinearSynthesis(LinearTransform):
     """Dequantised latents and quality to normalised chunks (batch, 1, z, y, x)."""
 
     def __init__(self, config: CodecConfig) -> None:
-        super().__init__()
+        super().__init__(config, inverse=True)
         stride = config.latent_stride
-        self.latent_cell = config.latent_cell
-        self.lapped = Lapping(config.latent_cell, inverse=True)
-        self.wavelet = WaveletPacket(config.wavelet, config.levels)
         self.linear = nn.ConvTranspose3d(config.latents, config.subbands, stride, stride=stride, bias=False)
         self.rescaled = QualityAffine(config.latents)
-        self._kept: Tensor | None = None
 
     def forward(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x).
@@ -109,16 +115,8 @@ class LinearSynthesis(nn.Module):
         if not self.wavelet.blockwise:
             return self.wavelet.inverse(self.linear(y_hat))
         # Filters of cells that do not overlap: one matrix product takes latents straight to voxels.
-        return cells_to_volume(y_hat.permute(0, 2, 3, 4, 1) @ self._joined(), self.latent_cell)
-
-    def _joined(self) -> Tensor:
-        """From latents to the voxels of a latent cell; kept where nothing is learned any more."""
-        if self._kept is not None:
-            return self._kept
-        joined = _cells_of(self.linear.weight, self.wavelet.synthesis)
-        if not self.training:
-            self._kept = joined
-        return joined
+        joined = self._joined(self.linear.weight, self.wavelet.synthesis)
+        return cells_to_volume(y_hat.permute(0, 2, 3, 4, 1) @ joined, self.latent_cell)
 
 
 def start_linear(analysis: LinearAnalysis, synthesis: LinearSynthesis, tiles: Tensor) -> None:
@@ -147,11 +145,6 @@ def start_linear(analysis: LinearAnalysis, synthesis: LinearSynthesis, tiles: Te
             for name, buffer in network.named_buffers(recurse=False):
                 if name in scales:
                     buffer.copy_(scales[name])
-
-
-def _cells_of(linear: Tensor, filters: Tensor) -> Tensor:
-    """Weight (latents, subbands, ...) as one over the voxels of a latent cell: (latents, voxels)."""
-    return torch.einsum("lsijk,sabc->liajbkc", linear, filters[:, 0]).flatten(1)
 
 
 def in_float32(x: Tensor) -> AbstractContextManager[None]:

@@ -83,15 +83,7 @@ class Analysis(LinearAnalysis):
         self.register_buffer("subband_scale", torch.ones(config.subbands))
 
     def forward(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents y (batch, latents, ...) on the latent grid and z (batch, code_width, ...).
-
-        Parameters
-        ----------
-        x
-            Normalised chunks (batch, 1, z, y, x).
-        quality
-            Qualities (batch,) from 0 to QUALITIES - 1 that the latents will be rounded for.
-        """
+        """Latents y, and side latents z (batch, code_width, ...), for the quality they will be rounded at."""
         with in_float32(x):
             subbands = self.subbands(x)
             y = torch.as_tensor(self.linear(subbands))
@@ -128,17 +120,7 @@ class Synthesis(LinearSynthesis):
         self.register_buffer("coordinates", cell_coordinates(self.cell), persistent=False)
 
     def forward(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
-        """Chunks (batch, 1, z, y, x).
-
-        Parameters
-        ----------
-        y_hat
-            Dequantised latents (batch, latents, ...) on the latent grid.
-        prior
-            Codebook vectors (batch, code_width, ...) on the grid of codes.
-        quality
-            Qualities (batch,) from 0 to QUALITIES - 1: how coarsely y_hat was rounded.
-        """
+        """Chunks (batch, 1, z, y, x), from the same as the linear part, and from the prior."""
         return self.decode(y_hat, self.features(y_hat, prior, quality), quality)
 
     def features(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ BRIGHTNESS = 0.15
 """Spread of a crop's contrast (its logarithm) and brightness: no two volumes are stained alike."""
 
 
+def tile_seed(seed: int, rank: int, step: int) -> int:
+    """Seed of the chunks that a worker draws from a step on, where it starts or goes on from a checkpoint."""
+    return step * 2**32 + seed * 4096 + rank
+
+
 class TileSampler:
     """Draws batches of chunk-shaped crops from prepared tiles (z, y, x).
 
