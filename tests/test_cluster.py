@@ -7,6 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -585,7 +587,7 @@ def test_metrics_are_served_while_a_job_runs_and_no_longer(
         if event.stage == "compress":
             scraped.append(_samples(port))
 
-    run = ucray.RunOptions(serial=True, metrics_port=port)
+    run = ucray.RunOptions(serial=True, metrics_port=port, metrics_linger=0.0)
     report = ucray.compress(
         source, str(tmp_path / "a"), OPTIONS, weights=weights_file, run_options=run, listener=scrape
     )
@@ -599,6 +601,42 @@ def test_metrics_are_served_while_a_job_runs_and_no_longer(
         assert last[f'ucray_stage_seconds_count{{stage="{stage}"}}'] == report.shards
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_job_that_has_ended_waits_for_a_last_scrape_and_no_longer() -> None:
+    port = _free_port()
+    telemetry = Telemetry()
+
+    def job() -> None:
+        with telemetry.served(port, linger=60.0):
+            telemetry.planned(3, 1)
+            telemetry.failed()
+
+    runs = threading.Thread(target=job)
+    runs.start()
+    runs.join(0.5)
+    assert runs.is_alive()
+    assert _samples(port)['ucray_shards_total{outcome="failed"}'] == 1.0
+    runs.join(30.0)
+    assert not runs.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("begun", "ending"), [(False, SettingsError("refused before it began")), (True, SystemExit(143))]
+)
+def test_what_never_began_or_was_stopped_waits_for_no_scrape(begun: bool, ending: BaseException) -> None:
+    telemetry = Telemetry()
+
+    def job() -> None:
+        with telemetry.served(_free_port(), linger=60.0):
+            if begun:
+                telemetry.planned(3, 1)
+            raise ending
+
+    began = time.monotonic()
+    with pytest.raises(type(ending)):
+        job()
+    assert time.monotonic() - began < 30.0
 
 
 def test_a_taken_metrics_port_is_refused() -> None:

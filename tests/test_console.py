@@ -16,7 +16,7 @@ from ucray.console import LINE_SECONDS, Lines
 def test_a_line_at_the_start_now_and_then_and_at_the_end() -> None:
     written: list[str] = []
     clock = 100.0
-    lines = Lines(written.append, lambda: clock)
+    lines = Lines(lambda line, event: written.append(line), lambda: clock)
     for second in range(61):
         clock = 100.0 + second
         lines(Event("compress", second * 1e6, 60e6, f"ratio {64 + second / 10:.1f}"))
@@ -28,7 +28,7 @@ def test_a_line_at_the_start_now_and_then_and_at_the_end() -> None:
 
 def test_each_stage_has_its_lines() -> None:
     written: list[str] = []
-    lines = Lines(written.append, lambda: 0.0)
+    lines = Lines(lambda line, event: written.append(line), lambda: 0.0)
     for stage in ("measure", "train"):
         lines(Event(stage, 0, 2))
         lines(Event(stage, 1, 2))

@@ -81,6 +81,7 @@ def test_get_put_and_list_are_enough_and_credentials_stay_where_they_are(
 
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
     environment |= rights.environment(limited=True) | {"RAY_TMPDIR": str(short_folder)}
+    environment |= {"UCRAY_LOG_FORMAT": "json", "UCRAY_LOG_LEVEL": "debug"}
     source, archive = f"s3://{BUCKET}/source/em.zarr", f"s3://{BUCKET}/archives/em.ucray"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -98,6 +99,7 @@ def test_get_put_and_list_are_enough_and_credentials_stay_where_they_are(
     ):
         seen.append(_run(command, environment, tmp_path, port, expected=expected))
     assert any("ucray_bytes_out_total" in text for text in seen)
+    assert any('"shard": [0, 0, 0]' in text for text in seen)
 
     secrets = [rights.limited_access_key, rights.limited_secret_key]
     objects = open_objects(f"s3://{BUCKET}/archives", rights.endpoint)

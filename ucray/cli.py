@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -13,12 +15,12 @@ from rich.console import Console
 from ucray.console import progress, show
 from ucray.errors import UcrayError
 from ucray.grid import parse_shape
+from ucray.log import LogFormat, LogLevel, configure
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Compress electron-microscopy volumes on Ray into archives that any zarr reader opens.",
 )
 
 Source = Annotated[
@@ -50,6 +52,26 @@ ExactFill = Annotated[
 MetricsPort = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")
 ]
+MetricsLinger = Annotated[
+    float,
+    typer.Option(min=0.0, max=3600.0, help="Seconds to wait, once done, for a last scrape of the metrics."),
+]
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit status of a job that was told to stop, as shells say it."""
+
+
+@app.callback()
+def log_options(
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Log lines, on standard error.", envvar="UCRAY_LOG_FORMAT")
+    ] = LogFormat.TEXT,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="At debug each shard has a line.", envvar="UCRAY_LOG_LEVEL")
+    ] = LogLevel.INFO,
+) -> None:
+    """Compress electron-microscopy volumes on Ray into archives that any zarr reader opens."""
+    configure(log_format, log_level)
 
 
 @app.command()
@@ -97,6 +119,7 @@ def train(
     gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
     storage: Annotated[str | None, typer.Option(help="Where checkpoints go; path or s3:// URL.")] = None,
     metrics_port: MetricsPort = None,
+    metrics_linger: MetricsLinger = 60.0,
     roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1 to learn from.")] = None,
     chunk: Annotated[str | None, typer.Option(help="Shape of a crop to learn from, as 64,64,64.")] = None,
     endpoint_url: Endpoint = None,
@@ -130,6 +153,7 @@ def train(
             use_gpu=gpu,
             storage=storage,
             metrics_port=metrics_port,
+            metrics_linger=metrics_linger,
             roi=roi,
             chunk=None if chunk is None else parse_shape(chunk),
             connection=jobs.Connection(endpoint_url, array),
@@ -169,6 +193,7 @@ def compress(
         str | None, typer.Option(help="What an encode worker may take, as 4GiB; 6GiB by default.")
     ] = None,
     metrics_port: MetricsPort = None,
+    metrics_linger: MetricsLinger = 60.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     workers: Workers = 1,
     worker_cpus: WorkerCpus = None,
@@ -220,6 +245,7 @@ def compress(
                 device=device,
                 serial=serial,
                 metrics_port=metrics_port,
+                metrics_linger=metrics_linger,
                 failed_boxes=failed_boxes,
                 boxes=boxes,
             ),
@@ -356,9 +382,21 @@ def info(archive: Archive, endpoint_url: Endpoint = None, as_json: AsJson = Fals
 
 
 def main() -> None:
-    """Entry point: errors of ours become one line and their exit status."""
+    """Entry point: errors of ours become one line and their exit status, and so does SIGTERM."""
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except UcrayError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except SystemExit as ended:
+        if ended.code == STOPPED:
+            print("stopped; the same command goes on where this one ended", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # No error of ours: a worker's loop would take it for one of its shard.
+    raise SystemExit(STOPPED)

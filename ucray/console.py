@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ucray.log import LOGGER, structured
+
 if TYPE_CHECKING:
     # Whoever asks for --help does not wait for what a job needs.
     from ucray.cluster.telemetry import Event, Listener
@@ -27,15 +29,23 @@ IN_BYTES = ("compress", "verify", "decompress")
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Listener]:
-    """Shows the progress of jobs on standard error: bars on a terminal, lines now and then elsewhere."""
+    """Shows the progress of jobs: bars on a terminal, log lines now and then elsewhere.
+
+    A quiet job says nothing, unless its log was asked for as JSON.
+    """
     console = Console(stderr=True)
-    if quiet:
+    if structured() or not (quiet or console.is_terminal):
+        yield Lines(_log)
+    elif quiet:
         yield lambda event: None
-    elif console.is_terminal:
+    else:
         with _bars(console) as listen:
             yield listen
-    else:
-        yield Lines(lambda line: print(line, file=console.file, flush=True))
+
+
+def _log(line: str, event: Event) -> None:
+    figures = {"stage": event.stage, "done": event.done, "total": event.total, **event.figures}
+    LOGGER.info(line, extra=figures)
 
 
 @contextmanager
@@ -66,7 +76,9 @@ def _bars(console: Console) -> Iterator[Listener]:
 class Lines:
     """A listener that writes a line when a stage begins, every LINE_SECONDS, and when it ends."""
 
-    def __init__(self, write: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, write: Callable[[str, Event], None], now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._write = write
         self._now = now
         self._begun: dict[str, float] = {}
@@ -84,7 +96,7 @@ class Lines:
         if 0.0 < share < 1.0 and now > begun:
             left = timedelta(seconds=round((now - begun) * (1.0 - share) / share))
             parts.append(f"{left} left")
-        self._write(", ".join(part for part in (*parts, event.note) if part))
+        self._write(", ".join(part for part in (*parts, event.note) if part), event)
 
 
 def _speed(event: Event, seconds: float) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,8 @@ from ucray.storage.archive import (
 )
 from ucray.storage.objects import Objects
 from ucray.storage.shard import present_shards, shard_key, statistics_key
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -163,13 +167,25 @@ def run(
         done.append(outcome)
         if outcome.statistics is None:
             telemetry.failed()
+            LOGGER.warning(
+                "shard %s failed: %s", shard_key(outcome.index), outcome.error, extra=_figures(outcome)
+            )
             continue
         telemetry.stored(outcome.statistics, settings.data_range, outcome.seconds, outcome.place)
+        LOGGER.debug("shard %s %s", shard_key(outcome.index), outcome.place, extra=_figures(outcome))
         bytes_in += outcome.statistics.bytes_in
         bytes_out += outcome.statistics.bytes_out
         listener(Event("compress", bytes_in, total, f"ratio {bytes_in / bytes_out:.1f}"))
     _refuse_failed(plan, done, missing, options.failed_boxes)
     return _report(archive, sizes, done, present, absent, time.perf_counter() - started)
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    """What a shard's log line says beside its text."""
+    figures: dict[str, Any] = {"shard": list(outcome.index), "seconds": outcome.seconds}
+    if outcome.statistics is not None:
+        figures |= {"bytes_in": outcome.statistics.bytes_in, "bytes_out": outcome.statistics.bytes_out}
+    return figures
 
 
 def archive_bytes(archive: Archive, sizes: Mapping[str, int]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from ucray.cluster.decompress import Decompressed, decompress_archive
 from ucray.cluster.pipeline import RunOptions
 from ucray.cluster.plan import CompressOptions, CompressPlan, config_for, plan_compress
 from ucray.cluster.session import ray_session
-from ucray.cluster.telemetry import Listener, Telemetry, ignore
+from ucray.cluster.telemetry import LINGER, Listener, Telemetry, ignore
 from ucray.cluster.train import train as train_on_ray
 from ucray.cluster.verify import Verification, verify_archive
 from ucray.codec.shipped import shipped_for, shipped_names, shipped_weights
@@ -137,7 +137,7 @@ def compress(
     decided = plan_compress(volume, start.config if start else config_for(volume), options)
     chosen = None if run_options.boxes is None else read_boxes(decided, run_options.boxes)
     telemetry = Telemetry()
-    with telemetry.served(run_options.metrics_port):
+    with telemetry.served(run_options.metrics_port, run_options.metrics_linger):
         if start is not None and training is None:
             used = start
         else:
@@ -170,6 +170,7 @@ def train(
     roi: str | None = None,
     chunk: Shape3 | None = None,
     metrics_port: int | None = None,
+    metrics_linger: float = LINGER,
     connection: Connection = Connection(),
     listener: Listener = ignore,
 ) -> Weights:
@@ -189,7 +190,7 @@ def train(
         raise SettingsError("--large sizes new networks; those of --init have their size")
     start = load_weights(init, connection.endpoint_url) if init is not None else None
     telemetry = Telemetry()
-    with ray_session(), telemetry.served(metrics_port):
+    with ray_session(), telemetry.served(metrics_port, metrics_linger):
         weights = train_on_ray(
             volume,
             settings or TrainingConfig(),

@@ -18,6 +18,7 @@ from ucray.cluster.ingest import BoxSource, Row, one_row, one_row_batch, read_ro
 from ucray.cluster.memory import peak_memory
 from ucray.cluster.plan import CompressPlan
 from ucray.cluster.session import failure, ray_session, resources
+from ucray.cluster.telemetry import LINGER
 from ucray.cluster.worker import EncodeJob, ShardEncoder, ShardWriter, WriteJob
 from ucray.codec.weights import Weights
 from ucray.errors import UcrayError
@@ -35,7 +36,8 @@ class RunOptions(Settings):
 
     `worker_cpus` are the cores of an encode worker; None shares out those of the nodes there are. Shards
     that failed are listed in the file `failed_boxes`; a job that is given such a file as `boxes`
-    does just what it lists.
+    does just what it lists. With a `metrics_port` a job that has ended waits up to `metrics_linger` seconds
+    for a last scrape.
     """
 
     encode_workers: Annotated[int, Field(ge=1)] = 1
@@ -44,6 +46,7 @@ class RunOptions(Settings):
     device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$")] = "auto"
     serial: bool = False
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    metrics_linger: Annotated[float, Field(ge=0.0, le=3600.0)] = LINGER
     failed_boxes: str = "ucray-failed-boxes.json"
     boxes: str | None = None
 

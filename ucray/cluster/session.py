@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,10 +43,14 @@ def ray_session() -> Iterator[None]:
     # Ray's own notices and bars would bury the job's progress, which is what people look at.
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    on_termination = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise JobError(f"Ray cannot be reached or started: {' '.join(str(error).split())[:300]}") from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray takes the signal for itself, and ends the process with a status that says nothing.
+        signal.signal(signal.SIGTERM, on_termination)
     ray.data.DataContext.get_current().enable_progress_bars = False
     started = _started_processes()
     try:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, start_http_server
+from prometheus_client.registry import Collector
 
 from ucray.errors import SettingsError
 from ucray.storage.shard import ShardStatistics
+
+LOGGER = logging.getLogger(__name__)
+
+LINGER = 60.0
+"""Seconds that a job which has ended waits for a last scrape, unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,24 @@ def ignore(event: Event) -> None:
     """A listener that shows nothing."""
 
 
+class _Scrapes(Collector):
+    """Notices every scrape of the registry that it is in."""
+
+    def __init__(self) -> None:
+        self.seen = threading.Event()
+
+    def collect(self) -> Iterator[Metric]:
+        self.seen.set()
+        return iter(())
+
+
 class Telemetry:
     """Metrics of one job, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._begun = False
+        self._scrapes = _Scrapes()
         registry = self.registry
         self._bytes_in = Counter("ucray_bytes_in", "Bytes of source voxels stored", registry=registry)
         self._bytes_out = Counter("ucray_bytes_out", "Bytes of shards written", registry=registry)
@@ -77,9 +98,12 @@ class Telemetry:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
             registry=registry,
         )
+        # Registering asks for a first collection, which is no scrape.
+        registry.register(self._scrapes)
 
     def planned(self, shards: int, present: int) -> None:
         """Shards that there will be, and how many of them an earlier run had committed."""
+        self._begun = True
         self._planned.set(shards)
         self._shards.labels("resumed").inc(present)
 
@@ -107,6 +131,7 @@ class Telemetry:
         """A listener of training that keeps the metrics up to date and tells another."""
 
         def follow(event: Event) -> None:
+            self._begun = True
             self._steps.set(event.done)
             self._all_steps.set(event.total)
             for name, value in event.figures.items():
@@ -116,8 +141,12 @@ class Telemetry:
         return follow
 
     @contextmanager
-    def served(self, port: int | None) -> Iterator[None]:
-        """Serve the metrics on http://0.0.0.0:port/metrics while the block runs; None serves nothing."""
+    def served(self, port: int | None, linger: float = 0.0) -> Iterator[None]:
+        """Serve the metrics on http://0.0.0.0:port/metrics while the block runs; None serves nothing.
+
+        A job that had begun and that has ended, well or with an error, waits up to `linger` seconds for one
+        more scrape: what happened since the one before would be lost. One that is stopped does not wait.
+        """
         if port is None:
             yield
             return
@@ -126,8 +155,20 @@ class Telemetry:
         except OSError as error:
             raise SettingsError(f"metrics cannot be served on port {port}: {error.strerror}") from None
         try:
-            yield
+            try:
+                yield
+            except Exception:
+                self._await_scrape(linger)
+                raise
+            self._await_scrape(linger)
         finally:
             server.shutdown()
             server.server_close()
             thread.join()
+
+    def _await_scrape(self, linger: float) -> None:
+        if not self._begun or linger <= 0.0:
+            return
+        self._scrapes.seen.clear()
+        LOGGER.info("waiting for a last scrape of the metrics, %g s at most", linger)
+        self._scrapes.seen.wait(linger)

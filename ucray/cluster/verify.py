@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,8 @@ from ucray.quality import ErrorSum
 from ucray.storage.archive import ARRAY_KEY, Archive, open_archive, stray_objects
 from ucray.storage.shard import ShardStatistics, shard_key, split
 from ucray.storage.volume import Volume
+
+LOGGER = logging.getLogger(__name__)
 
 CONFIDENCE = 0.95
 """Of what a clean sample says of all shards."""
@@ -111,6 +114,11 @@ def verify_archive(
             stored += findings.statistics.error
         if findings.measured is not None:
             measured += findings.measured
+        LOGGER.debug(
+            "shard %s looked into",
+            shard_key(findings.index),
+            extra={"shard": list(findings.index), "problems": list(findings.problems)},
+        )
         listener(Event("verify", checked, total, f"{len(problems)} problems"))
     return Verification(
         archive=archive.objects.url,
