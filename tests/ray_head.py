@@ -60,9 +60,9 @@ class RayHead:
         command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={self._gcs}"]
         command += [f"--dashboard-port={self._dashboard}", "--node-ip-address=127.0.0.1"]
         command += [f"--metrics-export-port={free_port()}", "--object-store-memory=300000000"]
-        with (self.folder / "head.log").open("wb") as log:
+        with (self.folder / "head.log").open("wb") as output:
             self._process = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=self.environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         deadline = time.monotonic() + READY
         while not self._answers():

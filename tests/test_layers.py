@@ -29,8 +29,9 @@ FLOORS = {
     "ucray.storage": (4, 0),
     "ucray.cluster": (5, 0),
     "ucray.serve": (5, 0),
-    "ucray.console": (6, 0),
-    "ucray.cli": (6, 1),
+    "ucray.log": (6, 0),
+    "ucray.console": (6, 1),
+    "ucray.cli": (6, 2),
     "ucray.__main__": (7, 0),
 }
 """Floor, and step within it; a module imports only from below and from its own package."""

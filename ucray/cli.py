@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ucray.console import progress, show
+from ucray.console import progress, show, show_plan
 from ucray.errors import UcrayError
 from ucray.grid import parse_shape
 from ucray.log import LogFormat, LogLevel, configure
@@ -49,6 +49,23 @@ ExactFill = Annotated[
     ),
 ]
 
+Ratio = Annotated[
+    float | None, typer.Option(help="Source bytes over archive bytes; 64 if no target is given.")
+]
+Psnr = Annotated[float | None, typer.Option(help="Reach this PSNR in dB instead.")]
+MaxError = Annotated[
+    float | None, typer.Option(help="Keep every voxel within this error instead, on any machine.")
+]
+Lossless = Annotated[bool, typer.Option("--lossless", help="Keep every voxel as it is.")]
+WeightsName = Annotated[
+    str | None,
+    typer.Option(help="Name, path or URL of weights; by default shipped ones, else trained on the volume."),
+]
+Chunk = Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")]
+Shard = Annotated[str | None, typer.Option(help="Shard shape, a multiple of the chunk's.")]
+Roi = Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")]
+Memory = Annotated[str | None, typer.Option(help="What an encode worker may take, as 4GiB; 6GiB by default.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MetricsPort = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")
 ]
@@ -168,37 +185,26 @@ def train(
 def compress(
     source: Source,
     destination: Annotated[str, typer.Argument(metavar="DST", help="Archive to write or to finish.")],
-    ratio: Annotated[
-        float | None, typer.Option(help="Source bytes over archive bytes; 64 if no target is given.")
-    ] = None,
-    psnr: Annotated[float | None, typer.Option(help="Reach this PSNR in dB instead.")] = None,
-    max_error: Annotated[
-        float | None, typer.Option(help="Keep every voxel within this error instead, on any machine.")
-    ] = None,
-    lossless: Annotated[bool, typer.Option("--lossless", help="Keep every voxel as it is.")] = False,
+    ratio: Ratio = None,
+    psnr: Psnr = None,
+    max_error: MaxError = None,
+    lossless: Lossless = False,
     exact_fill: ExactFill = True,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="Name, path or URL of weights; by default shipped ones, else trained on the volume."
-        ),
-    ] = None,
+    weights: WeightsName = None,
     train_steps: Annotated[
         int | None, typer.Option(min=1, help="Train, or fine-tune --weights, that long.")
     ] = None,
-    chunk: Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")] = None,
-    shard: Annotated[str | None, typer.Option(help="Shard shape, a multiple of the chunk's.")] = None,
-    roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="What an encode worker may take, as 4GiB; 6GiB by default.")
-    ] = None,
+    chunk: Chunk = None,
+    shard: Shard = None,
+    roi: Roi = None,
+    memory: Memory = None,
     metrics_port: MetricsPort = None,
     metrics_linger: MetricsLinger = 60.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     workers: Workers = 1,
     worker_cpus: WorkerCpus = None,
     write_workers: Annotated[int, typer.Option(min=1, help="Workers that write.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     serial: Serial = False,
     failed_boxes: Annotated[
         str, typer.Option(help="File for boxes that failed.")
@@ -228,8 +234,33 @@ def compress(
         memory=memory,
     )
     connection = jobs.Connection(endpoint_url, array)
+    training = None if train_steps is None else jobs.training_for(train_steps)
+    run_options = jobs.run_options_from(
+        encode_workers=workers,
+        worker_cpus=worker_cpus,
+        write_workers=write_workers,
+        device=device,
+        serial=serial,
+        metrics_port=metrics_port,
+        metrics_linger=metrics_linger,
+        failed_boxes=failed_boxes,
+        boxes=boxes,
+    )
     if dry_run:
-        show(jobs.plan(source, options, weights, connection=connection).describe(), as_json=as_json)
+        from ucray.cluster.projection import project
+
+        with progress(quiet=as_json) as listener:
+            projected = project(
+                source,
+                destination,
+                options,
+                weights=weights,
+                training=training,
+                run_options=run_options,
+                connection=connection,
+                listener=listener,
+            )
+        show_plan(projected.describe(), as_json=as_json)
         return
     with progress(quiet=as_json) as listener:
         report = jobs.compress(
@@ -237,24 +268,73 @@ def compress(
             destination,
             options,
             weights=weights,
-            training=None if train_steps is None else jobs.training_for(train_steps),
-            run_options=jobs.run_options_from(
-                encode_workers=workers,
-                worker_cpus=worker_cpus,
-                write_workers=write_workers,
-                device=device,
-                serial=serial,
-                metrics_port=metrics_port,
-                metrics_linger=metrics_linger,
-                failed_boxes=failed_boxes,
-                boxes=boxes,
-            ),
+            training=training,
+            run_options=run_options,
             connection=connection,
             listener=listener,
         )
     show(dataclasses.asdict(report) | {"ratio": report.ratio}, as_json=as_json)
     if report.left:
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    source: Source,
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Where the archive would go.")],
+    ratio: Ratio = None,
+    psnr: Psnr = None,
+    max_error: MaxError = None,
+    lossless: Lossless = False,
+    exact_fill: ExactFill = True,
+    weights: WeightsName = None,
+    chunk: Chunk = None,
+    shard: Shard = None,
+    roi: Roi = None,
+    memory: Memory = None,
+    workers: Workers = 1,
+    device: Device = "auto",
+    months: Annotated[float, typer.Option(min=0.0, help="Over how long the volume is kept.")] = 12.0,
+    gb_month: Annotated[float | None, typer.Option(help="Price of a GB for a month.")] = None,
+    thousand_puts: Annotated[float | None, typer.Option(help="Price of a thousand PUTs.")] = None,
+    thousand_gets: Annotated[float | None, typer.Option(help="Price of a thousand GETs.")] = None,
+    core_hour: Annotated[float | None, typer.Option(help="Price of a core for an hour.")] = None,
+    gpu_hour: Annotated[float | None, typer.Option(help="Price of a GPU for an hour.")] = None,
+    endpoint_url: Endpoint = None,
+    array: ArrayName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Code a few chunks, and say what compressing all would give, take and cost; writes nothing."""
+    from ucray.cluster import jobs
+    from ucray.cluster.cost import Prices
+    from ucray.cluster.projection import project
+
+    options = jobs.options_from(
+        ratio=ratio,
+        psnr=psnr,
+        max_error=max_error,
+        lossless=lossless,
+        exact_fill=exact_fill,
+        chunk=None if chunk is None else parse_shape(chunk),
+        shard=None if shard is None else parse_shape(shard),
+        roi=roi,
+        memory=memory,
+    )
+    prices = {"gb_month": gb_month, "thousand_puts": thousand_puts, "thousand_gets": thousand_gets}
+    prices |= {"core_hour": core_hour, "gpu_hour": gpu_hour}
+    with progress(quiet=as_json) as listener:
+        projected = project(
+            source,
+            destination,
+            options,
+            weights=weights,
+            run_options=jobs.run_options_from(encode_workers=workers, device=device),
+            prices=jobs.checked(Prices, prices),
+            months=months,
+            connection=jobs.Connection(endpoint_url, array),
+            listener=listener,
+        )
+    show_plan(projected.describe(), as_json=as_json)
 
 
 @app.command()
@@ -266,8 +346,8 @@ def bench(
     ] = None,
     codecs: Annotated[str, typer.Option(help="Names with commas; all by default.")] = "",
     ratios: Annotated[str, typer.Option(help="Ratios with commas.")] = "16,32,64,128,256,500",
-    roi: Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")] = None,
-    chunk: Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")] = None,
+    roi: Roi = None,
+    chunk: Chunk = None,
     exact_fill: ExactFill = True,
     device: Annotated[
         str | None, typer.Option(help="Time the stages of the codec on cpu or cuda, instead of all codecs.")

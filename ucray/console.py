@@ -116,6 +116,32 @@ def show(document: dict[str, Any], *, as_json: bool) -> None:
     Console().print(table)
 
 
+def show_plan(document: dict[str, Any], *, as_json: bool) -> None:
+    """Print a plan: what it would give and take, then the ways to keep the volume and what they cost."""
+    if as_json:
+        show(document, as_json=True)
+        return
+    ways, evens = document.pop("ways", {}), document.pop("break_even_months", {})
+    show({name: value for name, value in document.items() if value is not None}, as_json=False)
+    if not ways:
+        return
+    table = Table(box=None)
+    for title in ("keep as", "GB", "PSNR", "$ once", "$ a month", "$ in all", "ucray cheaper"):
+        table.add_column(title, justify="left" if title == "keep as" else "right")
+    for name, way in ways.items():
+        figures = (way["bytes"] / 1e9, way["psnr"], way["once"], way["monthly"], way["total"])
+        table.add_row(
+            name, *(f"{figure:.4g}" for figure in figures), _from(evens[name]) if name in evens else ""
+        )
+    Console().print(table)
+
+
+def _from(months: float | None) -> str:
+    if months is None:
+        return "never"
+    return f"from {months:.3g} months" if months else "at once"
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -371,17 +371,17 @@ def _object(place: str, endpoint_url: str | None) -> tuple[Objects, str]:
 
 def options_from(**values: Any) -> CompressOptions:
     """Options of a compress job from loose values; raises SettingsError that names the wrong one."""
-    return _checked(CompressOptions, values)
+    return checked(CompressOptions, values)
 
 
 def run_options_from(**values: Any) -> RunOptions:
     """How a job runs, from loose values; raises SettingsError that names the wrong one."""
-    return _checked(RunOptions, values)
+    return checked(RunOptions, values)
 
 
 def training_from(**values: Any) -> TrainingConfig:
     """Training settings from loose values; raises SettingsError that names the wrong one."""
-    return _checked(TrainingConfig, values)
+    return checked(TrainingConfig, values)
 
 
 def training_for(steps: int) -> TrainingConfig:
@@ -389,7 +389,8 @@ def training_for(steps: int) -> TrainingConfig:
     return TrainingConfig(teacher_steps=steps, student_steps=max(1, steps * 2 // 5))
 
 
-def _checked(model: type[Checked], values: dict[str, Any]) -> Checked:
+def checked(model: type[Checked], values: Mapping[str, Any]) -> Checked:
+    """Settings from loose values; raises SettingsError that names the wrong one. None is the default."""
     try:
         return model(**{name: value for name, value in values.items() if value is not None})
     except ValidationError as error:

@@ -40,12 +40,16 @@ ARCHIVE_OVERHEAD = 1600
 
 @dataclass(frozen=True)
 class Measured:
-    """Normalisation (offset, scale), peak value for PSNR, and the quality to code at."""
+    """Normalisation (offset, scale), peak value for PSNR, the quality to code at, and the bytes it gives.
+
+    `bytes_out` are those of the whole archive without weights, projected from the sample.
+    """
 
     offset: float
     scale: float
     data_range: float
     quality: int
+    bytes_out: float
 
 
 def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: Listener) -> Measured:
@@ -74,11 +78,11 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
         listener(Event("measure", len(boxes) + number + 1, 2 * len(boxes)))
     share = plan.region.voxels / sum(box.voxels for box in boxes)
 
+    overhead = plan.chunk_count * CHUNK_OVERHEAD + plan.shard_count * SHARD_OVERHEAD + ARCHIVE_OVERHEAD
+
     def archive_bytes(quality: int) -> float:
         """Projected bytes of the whole archive, without weights."""
-        payload = encoder.size_at(prepared, quality)
-        per_chunk = plan.chunk_count * CHUNK_OVERHEAD + plan.shard_count * SHARD_OVERHEAD
-        return payload * share + per_chunk + ARCHIVE_OVERHEAD
+        return encoder.size_at(prepared, quality) * share + overhead
 
     def psnr(quality: int) -> float:
         error = ErrorSum()
@@ -91,8 +95,10 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
         return sum(len(encoder.pack(draft).data) for draft in encoder.drafts_at(prepared, quality))
 
     if target.max_error is not None:
-        quality = min(BOUNDED_QUALITIES, key=bounded_bytes)
-    elif target.psnr is not None:
+        sizes = {quality: bounded_bytes(quality) for quality in BOUNDED_QUALITIES}
+        quality = min(sizes, key=sizes.__getitem__)
+        return Measured(offset, scale, peak, quality, sizes[quality] * share + overhead)
+    if target.psnr is not None:
         quality = coarsest_reaching(psnr, target.psnr)
     else:
         wanted = plan.bytes_in / target.ratio
@@ -106,7 +112,7 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
                 f"a ratio of {target.ratio:g} is out of reach: the coarsest quality gives "
                 f"{plan.bytes_in / least:.1f}{hint}"
             )
-    return Measured(offset, scale, peak, quality)
+    return Measured(offset, scale, peak, quality, archive_bytes(quality))
 
 
 def data_range(samples: list[npt.NDArray[np.generic]], dtype: str, fill_value: float) -> float:
