@@ -93,6 +93,13 @@ class ObjectStore:
         """``http://127.0.0.1:PORT``; the same after `restart`."""
         return f"http://127.0.0.1:{self._ports.s3}"
 
+    @property
+    def pid(self) -> int:
+        """The server's process; it is started."""
+        if self._process is None:
+            raise StorageError(f"the object store in {self.directory} is not started")
+        return self._process.pid
+
     def __enter__(self) -> ObjectStore:
         self.start()
         return self

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ import pytest
 import ray
 import yaml
 from metric_names import known_metrics
+from test_kill import LONG
+
+from ucray.cluster.telemetry import Telemetry
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -79,8 +84,43 @@ def test_every_image_that_runs_ends_as_a_user_with_a_health_check() -> None:
             stages[list(stages)[-1]].append(words)
     assert list(stages) == ["wheel", "cpu", "cuda"]
     for name in ("cpu", "cuda"):
-        assert [words[1] for words in stages[name] if words[0] == "USER"][-1] == "ray"
+        assert [words[1] for words in stages[name] if words[0] == "USER"][-1] == "1000"
         assert [words for words in stages[name] if words[0] == "HEALTHCHECK"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("hadolint", "deploy/Dockerfile"),
+        ("check-jsonschema", "--builtin-schema", "vendor.compose-spec", "deploy/compose.yaml"),
+    ],
+    ids=["hadolint", "compose's schema"],
+)
+def test_others_find_nothing_wrong(command: tuple[str, ...]) -> None:
+    program = Path(sys.executable).with_name(command[0])
+    ended = subprocess.run([program, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.skipif(LONG not in os.environ, reason=f"two minutes and 2 GB; {LONG}=1 runs it")
+def test_the_images_install_lines_run_in_a_clean_environment(tmp_path: Path) -> None:
+    """As the Dockerfile does it, but for torch: its CPU build is not on PyPI."""
+    lines = [words for words in _dockerfile() if words[0] == "RUN"]
+    (build,) = ([*words[1:]] for words in lines if {"pip", "wheel"} <= set(words))
+    install = next(words for words in lines if "/wheels/*.whl" in words)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    bin_ = tmp_path / "venv" / "bin"
+    wheels = tmp_path / "wheels"
+    build = [word.replace("/home/ray/wheels", str(wheels)) for word in build]
+    subprocess.run([bin_ / "pip", *build[1:]], cwd=ROOT, check=True)
+    (wheel,) = wheels.glob("ucray-*.whl")
+    install = install[install.index("pip") + 1 :]
+    install = [word.replace("/home/ray/constraints.txt", str(DEPLOY / "constraints.txt")) for word in install]
+    install = [word.replace("/wheels/*.whl", str(wheel)) for word in install]
+    subprocess.run([bin_ / "pip", *install], check=True)
+    subprocess.run([bin_ / "ucray", "synth", tmp_path / "em.zarr", "--shape", "32,32,32"], check=True)
+    compress = ["compress", "em.zarr", "em.ucray", "--chunk", "32,32,32", "--ratio", "8", "--serial"]
+    subprocess.run([bin_ / "ucray", *compress], cwd=tmp_path, check=True)
 
 
 def test_compose_mounts_what_exists_and_listens_on_loopback() -> None:
@@ -157,6 +197,15 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
 
 def _ray_sources(folder: Path) -> list[str]:
     return [path.read_text() for path in folder.glob("*.py")]
+
+
+def test_readme_s_table_names_every_metric_and_no_other() -> None:
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `ucray_")]
+    named = {name.split("{")[0] for row in rows for name in re.findall(r"`(ucray_[^`]+)`", row.split("|")[1])}
+    families = {
+        family.name + "_total" * (family.type == "counter") for family in Telemetry().registry.collect()
+    }
+    assert named == families
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
