@@ -32,7 +32,7 @@ from ucray.storage.archive import (
     find_archive,
 )
 from ucray.storage.objects import Objects
-from ucray.storage.shard import present_shards, shard_key, statistics_key
+from ucray.storage.shard import ShardStatistics, present_shards, shard_key, statistics_key
 
 LOGGER = logging.getLogger(__name__)
 
@@ -158,26 +158,68 @@ def run(
     )
     telemetry.planned(len(present) + len(missing), len(present))
     way = serially if options.serial else on_ray
-    done: list[Outcome] = []
-    bytes_in = bytes_out = 0
+    tally = Tally(sizes)
+    left = set(missing)
+    errors: dict[Shape3, str] = {}
     total = sum(settings.grid.shard_box(index).voxels for index in missing)
     total *= np.dtype(settings.dtype).itemsize
     listener(Event("compress", 0, total))
     for outcome in way(plan, settings, weights, write, options, missing):
-        done.append(outcome)
+        key = shard_key(outcome.index)
         if outcome.statistics is None:
+            errors[outcome.index] = outcome.error
             telemetry.failed()
-            LOGGER.warning(
-                "shard %s failed: %s", shard_key(outcome.index), outcome.error, extra=_figures(outcome)
-            )
+            LOGGER.warning("shard %s failed: %s", key, outcome.error, extra=_figures(outcome))
             continue
+        left.discard(outcome.index)
+        tally.add(outcome, outcome.statistics)
         telemetry.stored(outcome.statistics, settings.data_range, outcome.seconds, outcome.place)
-        LOGGER.debug("shard %s %s", shard_key(outcome.index), outcome.place, extra=_figures(outcome))
-        bytes_in += outcome.statistics.bytes_in
-        bytes_out += outcome.statistics.bytes_out
-        listener(Event("compress", bytes_in, total, f"ratio {bytes_in / bytes_out:.1f}"))
-    _refuse_failed(plan, done, missing, options.failed_boxes)
-    return _report(archive, sizes, done, present, absent, time.perf_counter() - started)
+        LOGGER.debug("shard %s %s", key, outcome.place, extra=_figures(outcome))
+        listener(Event("compress", tally.bytes_in, total, f"ratio {tally.bytes_in / tally.bytes_out:.1f}"))
+    if left:
+        # Failed is never done: what is missing is listed in a file, and said.
+        missed = {index: errors.get(index, "not reached") for index in missing if index in left}
+        write_boxes(plan, missed, options.failed_boxes)
+        raise JobError(
+            f"{len(missed)} of {plan.shard_count} shards failed, listed in {options.failed_boxes}; "
+            f"the first: {next(iter(missed.values()))}; the same command does what is missing"
+        )
+    # What other shards there are to do was not asked for.
+    others = [] if chosen is None else [index for index in absent if index not in chosen]
+    return _report(archive, tally, len(present) + len(absent), len(present), others, started)
+
+
+class Tally:
+    """What a job has stored, in sums: their size does not grow with the job.
+
+    `bytes_in` and `bytes_out` are of the shards that were added, `new_bytes` of all objects they brought that
+    were not there when the archive was listed.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self.sizes = sizes
+        self.shards = self.bytes_in = self.bytes_out = self.new_bytes = 0
+        self.error = ErrorSum()
+        self.kinds: dict[str, int] = {}
+        self.stages: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+
+    def add(self, outcome: Outcome, statistics: ShardStatistics) -> None:
+        """Count one stored shard."""
+        self.shards += 1
+        self.bytes_in += statistics.bytes_in
+        self.bytes_out += statistics.bytes_out
+        self.new_bytes += statistics.bytes_out
+        # An attempt that died may have left statistics without their shard.
+        if statistics_key(statistics.index, statistics.crc32c) not in self.sizes:
+            self.new_bytes += len(statistics.to_bytes())
+        self.error += statistics.error
+        for chunk in statistics.chunks:
+            self.kinds[chunk.kind] = self.kinds.get(chunk.kind, 0) + 1
+        for stage, took in outcome.seconds.items():
+            self.stages[stage] = self.stages.get(stage, 0.0) + took
+        for stage, peak in outcome.memory.items():
+            self.peaks[stage] = max(peak, self.peaks.get(stage, 0))
 
 
 def _figures(outcome: Outcome) -> dict[str, Any]:
@@ -194,62 +236,24 @@ def archive_bytes(archive: Archive, sizes: Mapping[str, int]) -> tuple[int, int]
     return sum(sizes.values()) - weights, weights
 
 
-def _refuse_failed(plan: CompressPlan, done: Sequence[Outcome], missing: Sequence[Shape3], path: str) -> None:
-    """Failed is never done: list what is missing in a file and say so."""
-    stored = {outcome.index for outcome in done if outcome.statistics is not None}
-    told = {outcome.index: outcome.error for outcome in done if outcome.error}
-    errors = {index: told.get(index, "not reached") for index in missing if index not in stored}
-    if errors:
-        write_boxes(plan, errors, path)
-        raise JobError(
-            f"{len(errors)} of {plan.shard_count} shards failed, listed in {path}; the first: "
-            f"{next(iter(errors.values()))}; the same command does what is missing"
-        )
-
-
 def _report(
-    archive: Archive,
-    sizes: Mapping[str, int],
-    done: Sequence[Outcome],
-    present: Collection[Shape3],
-    absent: Sequence[Shape3],
-    seconds: float,
+    archive: Archive, tally: Tally, shards: int, resumed: int, left: Sequence[Shape3], started: float
 ) -> JobReport:
-    error = ErrorSum()
-    sizes = dict(sizes)
-    kinds: dict[str, int] = {}
-    stages: dict[str, float] = {}
-    peaks = {"driver": peak_memory()}
-    for outcome in done:
-        assert outcome.statistics is not None
-        statistics = outcome.statistics
-        # The listing is not repeated: what this run added to it is known.
-        sizes[shard_key(statistics.index)] = statistics.bytes_out
-        sizes[statistics_key(statistics.index, statistics.crc32c)] = len(statistics.to_bytes())
-        error += statistics.error
-        for chunk in statistics.chunks:
-            kinds[chunk.kind] = kinds.get(chunk.kind, 0) + 1
-        for stage, took in outcome.seconds.items():
-            stages[stage] = stages.get(stage, 0.0) + took
-        for stage, peak in outcome.memory.items():
-            peaks[stage] = max(peak, peaks.get(stage, 0))
-    stored, weights = archive_bytes(archive, sizes)
+    stored, weights = archive_bytes(archive, tally.sizes)
     settings = archive.settings
-    stand = {outcome.index for outcome in done}
-    left = [index for index in absent if index not in stand]
     voxels_left = sum(settings.grid.shard_box(index).voxels for index in left)
     return JobReport(
         archive=archive.objects.url,
-        shards=len(present) + len(absent),
-        resumed=len(present),
+        shards=shards,
+        resumed=resumed,
         left=len(left),
         bytes_in=settings.bytes_in - voxels_left * np.dtype(settings.dtype).itemsize,
-        bytes_out=stored,
+        bytes_out=stored + tally.new_bytes,
         bytes_weights=weights,
-        psnr=error.psnr(settings.data_range) if done else None,
+        psnr=tally.error.psnr(settings.data_range) if tally.shards else None,
         quality=settings.quality,
-        chunks=kinds,
-        seconds=seconds,
-        stage_seconds=stages,
-        peak_memory=peaks,
+        chunks=tally.kinds,
+        seconds=time.perf_counter() - started,
+        stage_seconds=tally.stages,
+        peak_memory=tally.peaks | {"driver": peak_memory()},
     )

@@ -20,8 +20,12 @@ from ucray.storage.volume import Volume
 Row = dict[str, Any]
 
 
+TASKS = 10_000
+"""Read tasks of a job at most."""
+
+
 class BoxSource(Datasource):
-    """Reads boxes of a volume; one row, one block and one task a box.
+    """Reads boxes of a volume; one row and one block a box, and up to TASKS tasks.
 
     Rows have `key` (the box's name), `voxels` (uint8: the bytes in row-major order), `shape`,
     `read_seconds`, `read_memory` (peak of the process, bytes) and `error`: an unreadable box is a row with
@@ -31,13 +35,18 @@ class BoxSource(Datasource):
     def __init__(self, volume: Volume, boxes: Sequence[tuple[str, Box]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._volume = volume
-        self._boxes = list(boxes)
+        self._boxes = boxes
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """One task a box, whatever parallelism is suggested: a box is the unit that fails alone."""
-        return [self._task(key, box) for key, box in self._boxes]
+        """One task a box, whatever parallelism is suggested, or a few where there are very many.
+
+        Ray Data keeps every task of a dataset from its beginning on. A task gives its boxes one by one, and
+        is held back like one that gives a single one.
+        """
+        several = -(-len(self._boxes) // TASKS)
+        return [self._task(self._boxes[at : at + several]) for at in range(0, len(self._boxes), several)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Bytes of all boxes."""
@@ -46,13 +55,15 @@ class BoxSource(Datasource):
     def _nbytes(self, box: Box) -> int:
         return box.voxels * np.dtype(self._volume.dtype).itemsize
 
-    def _task(self, key: str, box: Box) -> ReadTask:
+    def _task(self, boxes: Sequence[tuple[str, Box]]) -> ReadTask:
         volume = self._volume
 
         def read() -> Iterable[Block]:
-            yield row_to_block(read_row(volume, key, box))
+            for key, box in boxes:
+                yield row_to_block(read_row(volume, key, box))
 
-        metadata = BlockMetadata(num_rows=1, size_bytes=self._nbytes(box), exec_stats=None, input_files=None)
+        size = sum(self._nbytes(box) for _, box in boxes)
+        metadata = BlockMetadata(num_rows=len(boxes), size_bytes=size, exec_stats=None, input_files=None)
         return ReadTask(read, metadata)
 
 

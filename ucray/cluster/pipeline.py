@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, overload
 
 import numpy as np
 import ray.data
@@ -22,7 +22,7 @@ from ucray.cluster.telemetry import LINGER
 from ucray.cluster.worker import EncodeJob, ShardEncoder, ShardWriter, WriteJob
 from ucray.codec.weights import Weights
 from ucray.errors import UcrayError
-from ucray.grid import Shape3, triple
+from ucray.grid import Box, Shape3, triple
 from ucray.settings import Settings
 from ucray.storage.archive import ArchiveSettings
 from ucray.storage.objects import open_objects
@@ -79,7 +79,7 @@ def serially(
     """Shards one after another in this process."""
     encode = _EncodeRow(EncodeJob(settings, weights.to_bytes(), options.device), write)
     writer = _WriteRow(write)
-    for key, box in _boxes(plan, missing):
+    for key, box in ShardBoxes(plan, missing):
         yield _outcome(writer.row(encode.row(read_row(plan.volume, key, box))))
 
 
@@ -98,7 +98,7 @@ def on_ray(
         share = resources(options.encode_workers, use_gpu=options.device == "cuda", cpus=options.worker_cpus)
         encode = EncodeJob(settings, weights.to_bytes(), options.device, share.threads)
         rows = (
-            ray.data.read_datasource(BoxSource(plan.volume, list(_boxes(plan, missing))), num_cpus=0.25)
+            ray.data.read_datasource(BoxSource(plan.volume, ShardBoxes(plan, missing)), num_cpus=0.25)
             .map_batches(
                 _EncodeRow,
                 fn_constructor_args=(encode, write),
@@ -200,9 +200,27 @@ class _Drafts:
     drafts: list[Any]
 
 
-def _boxes(plan: CompressPlan, missing: Sequence[Shape3]) -> Iterator[tuple[str, Any]]:
-    for index in missing:
-        yield ".".join(map(str, index)), plan.source_box(plan.grid.shard_box(index))
+class ShardBoxes(Sequence[tuple[str, Box]]):
+    """Names of shards and their boxes in the source, made when asked for: a million take no room."""
+
+    def __init__(self, plan: CompressPlan, indices: Sequence[Shape3]) -> None:
+        self._plan = plan
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[str, Box]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> ShardBoxes: ...
+
+    def __getitem__(self, place: int | slice) -> tuple[str, Box] | ShardBoxes:
+        if isinstance(place, slice):
+            return ShardBoxes(self._plan, self._indices[place])
+        index = self._indices[place]
+        return ".".join(map(str, index)), self._plan.source_box(self._plan.grid.shard_box(index))
 
 
 def _index(key: Any) -> Shape3:

@@ -9,7 +9,7 @@ import numpy as np
 import ray
 import ray.data
 
-from ucray.cluster.ingest import one_row, one_row_batch
+from ucray.cluster.ingest import TASKS, one_row, one_row_batch
 from ucray.cluster.session import failure, ray_session, resources
 from ucray.errors import UcrayError
 from ucray.grid import Shape3, triple
@@ -46,7 +46,7 @@ def over_shards(
     with ray_session():
         share = resources(workers, use_gpu=False, cpus=worker_cpus)
         keys = [{"key": ".".join(map(str, index))} for index in indices]
-        rows = ray.data.from_items(keys, override_num_blocks=len(keys)).map_batches(
+        rows = ray.data.from_items(keys, override_num_blocks=min(len(keys), TASKS)).map_batches(
             _Rows,
             fn_constructor_args=(build, share.threads),
             batch_size=1,
