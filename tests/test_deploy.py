@@ -15,6 +15,7 @@ import pytest
 import ray
 import yaml
 from metric_names import known_metrics
+from prometheus_client import generate_latest
 from test_kill import LONG
 
 from ucray.cluster.telemetry import Telemetry
@@ -206,6 +207,13 @@ def test_readme_s_table_names_every_metric_and_no_other() -> None:
         family.name + "_total" * (family.type == "counter") for family in Telemetry().registry.collect()
     }
     assert named == families
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_metrics_are_named_as_prometheus_wants_it() -> None:
+    served = generate_latest(Telemetry().registry)
+    ended = subprocess.run(["promtool", "check", "metrics"], input=served, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout + ended.stderr) == (0, b"")
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
