@@ -335,7 +335,7 @@ def test_two_workers_train_together_from_weights_of_another_domain(
     )
     assert (scraped["ucray_training_steps"], scraped["ucray_training_steps_planned"]) == (4.0, 4.0)
     assert scraped["ucray_training_student_mse"] > 0.0
-    assert scraped["ucray_training_bits_per_voxel"] == 0.0  # stage 2 has no rate, and stage 1 was not shown
+    assert scraped["ucray_training_bytes_per_voxel"] == 0.0  # stage 2 has no rate, and stage 1 was not shown
     start = ucray.load_weights(weights_file)
     assert tuned.digest == ucray.load_weights(str(target)).digest != start.digest
     assert tuned.training["start"] == start.digest

@@ -90,7 +90,7 @@ class Telemetry:
             "teacher_mse": Gauge(
                 "ucray_training_teacher_mse", "Squared error, in variances of the volume", registry=registry
             ),
-            "bpp": Gauge("ucray_training_bits_per_voxel", "Rate in stage 1", registry=registry),
+            "bpp": Gauge("ucray_training_bytes_per_voxel", "Rate in stage 1", registry=registry),
         }
         self._ratio = Histogram(
             "ucray_shard_ratio",
@@ -135,7 +135,8 @@ class Telemetry:
             self._steps.set(event.done)
             self._all_steps.set(event.total)
             for name, value in event.figures.items():
-                self._training[name].set(value)
+                # Base units, as Prometheus has them.
+                self._training[name].set(value / 8.0 if name == "bpp" else value)
             listener(event)
 
         return follow
