@@ -10,7 +10,7 @@ import pytest
 
 import ucray
 from ucray.cluster.telemetry import Event
-from ucray.console import LINE_SECONDS, Lines
+from ucray.console import LINE_SECONDS, Lines, progress
 
 
 def test_a_line_at_the_start_now_and_then_and_at_the_end() -> None:
@@ -34,6 +34,15 @@ def test_each_stage_has_its_lines() -> None:
         lines(Event(stage, 1, 2))
         lines(Event(stage, 2, 2, "done"))
     assert written == ["measure 0%", "measure 100%, done", "train 0%", "train 100%, done"]
+
+
+def test_what_others_print_during_a_job_does_not_get_among_its_results(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with progress(quiet=True):
+        print("(raylet) a worker died")
+    print("the result")
+    assert capsys.readouterr() == ("the result\n", "(raylet) a worker died\n")
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -29,6 +29,7 @@ FLOORS = {
     "ucray.storage": (4, 0),
     "ucray.cluster": (5, 0),
     "ucray.serve": (5, 0),
+    "ucray.arguments": (6, 0),
     "ucray.log": (6, 0),
     "ucray.console": (6, 1),
     "ucray.cli": (6, 2),

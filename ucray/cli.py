@@ -7,72 +7,48 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ucray.arguments import (
+    Archive,
+    ArrayName,
+    AsJson,
+    Chunk,
+    Device,
+    Endpoint,
+    ExactFill,
+    Lossless,
+    MaxError,
+    Memory,
+    MetricsLinger,
+    MetricsPort,
+    Psnr,
+    Ratio,
+    Roi,
+    Serial,
+    Shard,
+    Source,
+    WeightsName,
+    WorkerCpus,
+    Workers,
+)
 from ucray.console import progress, show, show_plan
 from ucray.errors import UcrayError
 from ucray.grid import parse_shape
 from ucray.log import LogFormat, LogLevel, configure
+
+if TYPE_CHECKING:
+    # Whoever asks for --help does not wait for what a job needs.
+    from ucray.cluster.plan import CompressOptions
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-Source = Annotated[
-    str, typer.Argument(help="Volume: zarr array or OME-Zarr group; path, s3:// or http(s)://.")
-]
-Archive = Annotated[str, typer.Argument(help="Archive: path or s3:// URL.")]
-Endpoint = Annotated[
-    str | None, typer.Option(help="S3 endpoint; AWS_ENDPOINT_URL serves too.", envvar="AWS_ENDPOINT_URL")
-]
-ArrayName = Annotated[str | None, typer.Option("--array", help="Array within the source group.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-Serial = Annotated[bool, typer.Option(help="Work in this process, without Ray.")]
-Workers = Annotated[int, typer.Option(min=1, help="Workers.")]
-WorkerCpus = Annotated[
-    float | None,
-    typer.Option(
-        min=0.1, help="Cores of a worker; by default the nodes' are shared out.", envvar="UCRAY_WORKER_CPUS"
-    ),
-]
-
-ExactFill = Annotated[
-    bool,
-    typer.Option(
-        "--exact-fill/--no-exact-fill",
-        help="Voxels of the volume's fill value come back exactly; without, they are voxels like others.",
-    ),
-]
-
-Ratio = Annotated[
-    float | None, typer.Option(help="Source bytes over archive bytes; 64 if no target is given.")
-]
-Psnr = Annotated[float | None, typer.Option(help="Reach this PSNR in dB instead.")]
-MaxError = Annotated[
-    float | None, typer.Option(help="Keep every voxel within this error instead, on any machine.")
-]
-Lossless = Annotated[bool, typer.Option("--lossless", help="Keep every voxel as it is.")]
-WeightsName = Annotated[
-    str | None,
-    typer.Option(help="Name, path or URL of weights; by default shipped ones, else trained on the volume."),
-]
-Chunk = Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")]
-Shard = Annotated[str | None, typer.Option(help="Shard shape, a multiple of the chunk's.")]
-Roi = Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")]
-Memory = Annotated[str | None, typer.Option(help="What an encode worker may take, as 4GiB; 6GiB by default.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-MetricsPort = Annotated[
-    int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")
-]
-MetricsLinger = Annotated[
-    float,
-    typer.Option(min=0.0, max=3600.0, help="Seconds to wait, once done, for a last scrape of the metrics."),
-]
 
 STOPPED = 128 + signal.SIGTERM
 """Exit status of a job that was told to stop, as shells say it."""
@@ -228,8 +204,8 @@ def compress(
         max_error=max_error,
         lossless=lossless,
         exact_fill=exact_fill,
-        chunk=None if chunk is None else parse_shape(chunk),
-        shard=None if shard is None else parse_shape(shard),
+        chunk=chunk,
+        shard=shard,
         roi=roi,
         memory=memory,
     )
@@ -247,20 +223,16 @@ def compress(
         boxes=boxes,
     )
     if dry_run:
-        from ucray.cluster.projection import project
-
-        with progress(quiet=as_json) as listener:
-            projected = project(
-                source,
-                destination,
-                options,
-                weights=weights,
-                training=training,
-                run_options=run_options,
-                connection=connection,
-                listener=listener,
-            )
-        show_plan(projected.describe(), as_json=as_json)
+        _project(
+            source,
+            destination,
+            options,
+            weights=weights,
+            training=training,
+            run_options=run_options,
+            connection=connection,
+            as_json=as_json,
+        )
         return
     with progress(quiet=as_json) as listener:
         report = jobs.compress(
@@ -307,7 +279,6 @@ def plan(
     """Code a few chunks, and say what compressing all would give, take and cost; writes nothing."""
     from ucray.cluster import jobs
     from ucray.cluster.cost import Prices
-    from ucray.cluster.projection import project
 
     options = jobs.options_from(
         ratio=ratio,
@@ -315,25 +286,32 @@ def plan(
         max_error=max_error,
         lossless=lossless,
         exact_fill=exact_fill,
-        chunk=None if chunk is None else parse_shape(chunk),
-        shard=None if shard is None else parse_shape(shard),
+        chunk=chunk,
+        shard=shard,
         roi=roi,
         memory=memory,
     )
     prices = {"gb_month": gb_month, "thousand_puts": thousand_puts, "thousand_gets": thousand_gets}
     prices |= {"core_hour": core_hour, "gpu_hour": gpu_hour}
+    _project(
+        source,
+        destination,
+        options,
+        weights=weights,
+        run_options=jobs.run_options_from(encode_workers=workers, device=device),
+        prices=jobs.checked(Prices, prices),
+        months=months,
+        connection=jobs.Connection(endpoint_url, array),
+        as_json=as_json,
+    )
+
+
+def _project(source: str, destination: str, options: CompressOptions, *, as_json: bool, **how: Any) -> None:
+    """Print what compressing would give, take and cost."""
+    from ucray.cluster.projection import project
+
     with progress(quiet=as_json) as listener:
-        projected = project(
-            source,
-            destination,
-            options,
-            weights=weights,
-            run_options=jobs.run_options_from(encode_workers=workers, device=device),
-            prices=jobs.checked(Prices, prices),
-            months=months,
-            connection=jobs.Connection(endpoint_url, array),
-            listener=listener,
-        )
+        projected = project(source, destination, options, listener=listener, **how)
     show_plan(projected.describe(), as_json=as_json)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +32,18 @@ IN_BYTES = ("compress", "verify", "decompress")
 def progress(*, quiet: bool) -> Iterator[Listener]:
     """Shows the progress of jobs: bars on a terminal, log lines now and then elsewhere.
 
-    A quiet job says nothing, unless its log was asked for as JSON.
+    A quiet job says nothing, unless its log was asked for as JSON. Standard output is for results: what
+    libraries print while a job runs, as Ray does when a worker dies, goes to standard error.
     """
     console = Console(stderr=True)
-    if structured() or not (quiet or console.is_terminal):
-        yield Lines(_log)
-    elif quiet:
-        yield lambda event: None
-    else:
-        with _bars(console) as listen:
-            yield listen
+    with redirect_stdout(sys.stderr):
+        if structured() or not (quiet or console.is_terminal):
+            yield Lines(_log)
+        elif quiet:
+            yield lambda event: None
+        else:
+            with _bars(console) as listen:
+                yield listen
 
 
 def _log(line: str, event: Event) -> None:

@@ -24,7 +24,7 @@ from ucray.codec.shipped import shipped_for, shipped_names, shipped_weights
 from ucray.codec.weights import Weights
 from ucray.config import SynthesisConfig
 from ucray.errors import DestinationError, SettingsError, WeightsError
-from ucray.grid import Shape3, parse_box
+from ucray.grid import Shape3, parse_box, parse_shape
 from ucray.quality import ErrorSum
 from ucray.settings import Settings, TrainingConfig
 from ucray.storage.archive import GROUP_KEY, WEIGHTS_KEY, Archive, find_archive, open_archive
@@ -369,9 +369,12 @@ def _object(place: str, endpoint_url: str | None) -> tuple[Objects, str]:
     return open_objects(folder or ("/" if place.startswith("/") else str(Path.cwd())), endpoint_url), name
 
 
-def options_from(**values: Any) -> CompressOptions:
+def options_from(*, chunk: str | None = None, shard: str | None = None, **values: Any) -> CompressOptions:
     """Options of a compress job from loose values; raises SettingsError that names the wrong one."""
-    return checked(CompressOptions, values)
+    shapes = {
+        name: parse_shape(text) for name, text in (("chunk", chunk), ("shard", shard)) if text is not None
+    }
+    return checked(CompressOptions, values | shapes)
 
 
 def run_options_from(**values: Any) -> RunOptions:

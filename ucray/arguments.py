@@ -1,0 +1,58 @@
+"""Arguments and options that commands share: their types, limits and help."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Source = Annotated[
+    str, typer.Argument(help="Volume: zarr array or OME-Zarr group; path, s3:// or http(s)://.")
+]
+Archive = Annotated[str, typer.Argument(help="Archive: path or s3:// URL.")]
+Endpoint = Annotated[
+    str | None, typer.Option(help="S3 endpoint; AWS_ENDPOINT_URL serves too.", envvar="AWS_ENDPOINT_URL")
+]
+ArrayName = Annotated[str | None, typer.Option("--array", help="Array within the source group.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Serial = Annotated[bool, typer.Option(help="Work in this process, without Ray.")]
+Workers = Annotated[int, typer.Option(min=1, help="Workers.")]
+WorkerCpus = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1, help="Cores of a worker; by default the nodes' are shared out.", envvar="UCRAY_WORKER_CPUS"
+    ),
+]
+
+ExactFill = Annotated[
+    bool,
+    typer.Option(
+        "--exact-fill/--no-exact-fill",
+        help="Voxels of the volume's fill value come back exactly; without, they are voxels like others.",
+    ),
+]
+
+Ratio = Annotated[
+    float | None, typer.Option(help="Source bytes over archive bytes; 64 if no target is given.")
+]
+Psnr = Annotated[float | None, typer.Option(help="Reach this PSNR in dB instead.")]
+MaxError = Annotated[
+    float | None, typer.Option(help="Keep every voxel within this error instead, on any machine.")
+]
+Lossless = Annotated[bool, typer.Option("--lossless", help="Keep every voxel as it is.")]
+WeightsName = Annotated[
+    str | None,
+    typer.Option(help="Name, path or URL of weights; by default shipped ones, else trained on the volume."),
+]
+Chunk = Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")]
+Shard = Annotated[str | None, typer.Option(help="Shard shape, a multiple of the chunk's.")]
+Roi = Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")]
+Memory = Annotated[str | None, typer.Option(help="What an encode worker may take, as 4GiB; 6GiB by default.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+MetricsPort = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")
+]
+MetricsLinger = Annotated[
+    float,
+    typer.Option(min=0.0, max=3600.0, help="Seconds to wait, once done, for a last scrape of the metrics."),
+]
