@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from ucray.codec.wavelet import WaveletPacket
 from ucray.codec.weights import FORMAT, SCALE, Array, Weights, stream_tensors
 from ucray.config import CodecConfig
 from ucray.errors import SettingsError, WeightsError
-from ucray.grid import Shape3
+from ucray.grid import Shape3, triple
 from ucray.training.calibrate import freeze, load_weights
 from ucray.training.loss import Coder
 
@@ -56,6 +57,20 @@ def test_round_trip(tiny_weights: Weights) -> None:
         assert read.tensors[name].dtype == array.dtype
         np.testing.assert_array_equal(read.tensors[name], array)
     assert (read.digest, read.stream_digest) == (written.digest, written.stream_digest)
+
+
+def test_weights_travel_to_a_worker_after_they_have_coded(tiny_weights: Weights) -> None:
+    grid = (1, 1, 1)
+    codes = np.zeros((tiny_weights.config.code_stages, *grid), np.uint8)
+    cells = triple(
+        c // s for c, s in zip(tiny_weights.config.stride, tiny_weights.config.latent_cell, strict=True)
+    )
+    latents = np.zeros((*cells, tiny_weights.config.latents), np.float32)
+    symbols, _ = tiny_weights.stream.quantise(codes, latents, 200)
+    coded = tiny_weights.stream.encode(symbols)
+    there = pickle.loads(pickle.dumps(tiny_weights))
+    assert there == tiny_weights
+    assert np.array_equal(there.stream.encode(symbols)[0], coded[0])
 
 
 def test_bytes_do_not_depend_on_the_order_of_the_tensors(tiny_weights: Weights) -> None:

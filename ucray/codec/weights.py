@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +81,10 @@ class Weights:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was built from the tensors is built again: the coder's tables do not travel.
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @cached_property
     def digest(self) -> str:
