@@ -89,10 +89,17 @@ def plan(
     connection: Connection = Connection(),
 ) -> CompressPlan:
     """What `compress` would do, from metadata alone; writes nothing."""
+    return decide(source, options, weights, connection)[0]
+
+
+def decide(
+    source: str, options: CompressOptions, weights: str | None, connection: Connection
+) -> tuple[CompressPlan, str | None, Weights | None]:
+    """The plan of a job, and the weights to start from with their name; None where none fit the volume."""
     volume = open_volume(source, connection.array, connection.endpoint_url)
-    weights = weights or shipped_for(config_for(volume))
-    loaded = load_weights(weights, connection.endpoint_url) if weights is not None else None
-    return plan_compress(volume, loaded.config if loaded else config_for(volume), options)
+    name = weights or shipped_for(config_for(volume))
+    loaded = None if name is None else load_weights(name, connection.endpoint_url)
+    return plan_compress(volume, loaded.config if loaded else config_for(volume), options), name, loaded
 
 
 def compress(
@@ -127,14 +134,11 @@ def compress(
     """
     options = options or CompressOptions()
     run_options = run_options or RunOptions()
-    volume = open_volume(source, connection.array, connection.endpoint_url)
+    decided, name, start = decide(source, options, weights, connection)
     objects = open_objects(destination, connection.endpoint_url)
     objects.check_place()
-    weights = weights or shipped_for(config_for(volume))
-    start = load_weights(weights, connection.endpoint_url) if weights is not None else None
     if start is None:
         training = training or TrainingConfig()
-    decided = plan_compress(volume, start.config if start else config_for(volume), options)
     chosen = None if run_options.boxes is None else read_boxes(decided, run_options.boxes)
     telemetry = Telemetry()
     with telemetry.served(run_options.metrics_port, run_options.metrics_linger):
@@ -150,7 +154,7 @@ def compress(
         report = run(
             decided, archive, used, run_options, connection.endpoint_url, telemetry, listener, chosen=chosen
         )
-    return replace(report, weights=_origin(weights, training))
+    return replace(report, weights=_origin(name, training))
 
 
 def train(

@@ -9,24 +9,20 @@ from typing import Any
 
 from ucray.cluster.compress import check_empty
 from ucray.cluster.cost import PRICES_AS_OF, Prices, Way, break_even, cheapest, requests, way
-from ucray.cluster.jobs import Connection, load_weights
+from ucray.cluster.jobs import Connection, decide
 from ucray.cluster.pilot import Pilot, run_pilot
 from ucray.cluster.pipeline import RunOptions
 from ucray.cluster.plan import (
     CompressOptions,
     CompressPlan,
-    config_for,
-    plan_compress,
     sample_chunk_boxes,
 )
 from ucray.cluster.rate import SAMPLED_CHUNKS
 from ucray.cluster.telemetry import Listener, ignore
-from ucray.codec.shipped import shipped_for
 from ucray.settings import TrainingConfig
 from ucray.storage.archive import check_same, find_archive
 from ucray.storage.objects import open_objects
 from ucray.storage.shard import present_shards
-from ucray.storage.volume import open_volume
 
 MONTHS = 12.0
 """Over how long ways to keep a volume are compared, unless it is said."""
@@ -161,12 +157,9 @@ def project(
     """
     options, run_options = options or CompressOptions(), run_options or RunOptions()
     connection = connection or Connection()
-    volume = open_volume(source, connection.array, connection.endpoint_url)
+    plan, _, loaded = decide(source, options, weights, connection)
     objects = open_objects(destination, connection.endpoint_url)
     objects.check_place()
-    weights = weights or shipped_for(config_for(volume))
-    loaded = None if weights is None else load_weights(weights, connection.endpoint_url)
-    plan = plan_compress(volume, loaded.config if loaded else config_for(volume), options)
     present = 0
     archive = find_archive(objects)
     if archive is None:
