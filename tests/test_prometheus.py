@@ -117,23 +117,30 @@ def test_what_prometheus_saw_is_what_the_archive_says_though_an_actor_was_killed
     counted = prometheus.query(seen("ucray_chunks_total"))
     assert {labels["kind"]: value for labels, value in counted} == kinds
     # Not one counter ever went back.
-    assert {value for _, value in prometheus.query('resets({__name__=~"ucray_.*_total"}[1h])')} == {0.0}
+    for counter in ("bytes_in", "bytes_out", "shards", "chunks"):
+        assert prometheus.value(f"max(resets(ucray_{counter}_total[1h]))") == 0.0
     assert prometheus.value("max_over_time(ucray:bytes_in:rate5m[1h])") > 0.0
     # Ray's own figures stand beside them.
     prometheus.wait_for(lambda: prometheus.value("sum(ray_node_cpu_count)") == 2.0, 60.0)
 
 
 def test_a_job_shorter_than_a_scrape_s_interval_is_seen(site: Site) -> None:
-    report = _finish(site.start(f"{BUCKET}/small.ucray", "--serial", shape="small"))
+    # One chunk of weights that were never trained does not reach the ratio of the others.
+    report = _finish(site.start(f"{BUCKET}/small.ucray", "--serial", "--ratio", "2", shape="small"))
     assert report["shards"] == 1
     assert site.prometheus.value("last_over_time(ucray_shards_planned[1h])") == 1.0
     assert site.prometheus.value("last_over_time(ucray_bytes_in_total[1h])") == 16**3
 
 
+def _moves(site: Site) -> bool:
+    return 0 < site.committed() < SHARDS and "UcrayStalled" not in site.prometheus.firing()
+
+
 def test_a_job_that_stands_still_raises_the_alarm_until_it_goes_on(site: Site) -> None:
     job = site.start(f"{BUCKET}/stalled.ucray")
-    site.prometheus.wait_for(lambda: 0 < site.committed() < SHARDS or job.poll() is not None, LIMIT)
-    assert "UcrayStalled" not in site.prometheus.firing()
+    # With times this short the alarm is raised while actors start, too: it has to be over first.
+    site.prometheus.wait_for(lambda: _moves(site) or job.poll() is not None, LIMIT)
+    assert job.poll() is None
     os.kill(site.store.pid, signal.SIGSTOP)
     try:
         site.prometheus.wait_for(lambda: "UcrayStalled" in site.prometheus.firing(), 30.0)
