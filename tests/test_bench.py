@@ -239,6 +239,27 @@ def test_the_command_times_the_stages(tmp_path: Path, tiny_weights: Weights) -> 
     assert "no such device" in str(refused.exception)
 
 
+def test_the_command_times_a_job_against_the_bare_loop(tmp_path: Path, tiny_weights: Weights) -> None:
+    source, weights, out = tmp_path / "v.zarr", tmp_path / "w.safetensors", tmp_path / "report"
+    weights.write_bytes(tiny_weights.to_bytes())
+    run: Callable[..., Any] = CliRunner().invoke
+    # Three shards of four chunks of 64 a side, the last two of them cut off.
+    assert run(app, ["synth", str(source), "--shape", "64,64,576"]).exit_code == 0
+    common = ["bench", str(source), "-o", str(out), "--pipeline"]
+    done = run(app, [*common, "--weights", str(weights), "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    # The start of Ray's workers takes seconds, the three shards do not.
+    assert 0 < found["whole"] < found["steady"]
+    assert found["efficiency"] == pytest.approx(found["steady"] / found["bare"])
+    # The archive that it wrote is gone.
+    assert [path.name for path in out.iterdir()] == ["pipeline.md"]
+    few = run(app, [*common, "--weights", str(weights), "--roi", "0:64,0:64,0:256"])
+    assert "too few" in str(few.exception)
+    refused = run(app, common)
+    assert "--pipeline takes --weights" in str(refused.exception)
+
+
 @pytest.mark.parametrize("ratios", ["1", "a,b", "16,,32", "inf", ""])
 def test_ratios_that_are_none_are_refused(ratios: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", str(tmp_path), "-o", str(tmp_path), "--ratios", ratios])

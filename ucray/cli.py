@@ -331,6 +331,10 @@ def bench(
         str | None, typer.Option(help="Time the stages of the codec on cpu or cuda, instead of all codecs.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Chunks that go through the networks at once.")] = 8,
+    pipeline: Annotated[
+        bool,
+        typer.Option("--pipeline", help="Time a whole job on Ray against the bare loop, instead of codecs."),
+    ] = False,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
     as_json: AsJson = False,
@@ -339,8 +343,19 @@ def bench(
     from ucray.bench.report import to_markdown
     from ucray.cluster.benchmark import STAGES_FILE, parse_ratios, time_stages
     from ucray.cluster.benchmark import bench as run
+    from ucray.cluster.efficiency import measure_pipeline
     from ucray.cluster.jobs import load_weights
+    from ucray.errors import SettingsError
 
+    if pipeline:
+        if weights is None or device is not None:
+            raise SettingsError("--pipeline takes --weights, and no --device")
+        found_speeds = measure_pipeline(
+            source, output, weights, roi=roi, array=array, endpoint_url=endpoint_url
+        )
+        figures = dataclasses.asdict(found_speeds) | {"efficiency": found_speeds.efficiency}
+        show(figures, as_json=as_json)
+        return
     loaded = None if weights is None else load_weights(weights, endpoint_url)
     if device is not None:
         stages = time_stages(

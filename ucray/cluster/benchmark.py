@@ -64,7 +64,7 @@ def bench(
     volume = open_volume(source, array, endpoint_url)
     if not exact_fill:
         volume = volume.without_fill()
-    region, voxels = _region(volume, roi)
+    region, voxels = read_region(volume, roi)
     if weights is None and (name := shipped_for(config_for(volume))) is not None:
         weights = shipped_weights(name)
     if chunk is None:
@@ -113,7 +113,7 @@ def time_stages(
         raise SettingsError("--device times the stages of the codec; give --weights")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise SettingsError(f"--device {device}: no such device here")
-    _, voxels = _region(open_volume(source, array, endpoint_url), roi)
+    _, voxels = read_region(open_volume(source, array, endpoint_url), roi)
     stages = measure_stages(
         voxels, weights, default_chunk(weights.config), quality=STAGES_QUALITY, device=device, batch=batch
     )
@@ -122,7 +122,14 @@ def time_stages(
     return stages
 
 
-def _region(volume: Volume, roi: str | None) -> tuple[Box, npt.NDArray[np.generic]]:
+def read_region(volume: Volume, roi: str | None) -> tuple[Box, npt.NDArray[np.generic]]:
+    """The region to be measured, and its voxels.
+
+    Raises
+    ------
+    SettingsError
+        If it is empty or too large for one machine.
+    """
     region = Box((0, 0, 0), volume.shape) if roi is None else parse_box(roi, volume.shape)
     if region.voxels > LARGEST:
         raise SettingsError(f"{region} is too large to be coded in memory; give a smaller --roi")

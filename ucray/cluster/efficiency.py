@@ -1,0 +1,114 @@
+"""How much of the cores' encoding speed a compress job keeps: the job on Ray against the bare loop."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+
+from ucray.bench.ours import PROCESSES, VolumeCodec
+from ucray.bench.report import report_folder
+from ucray.cluster import jobs
+from ucray.cluster.benchmark import read_region
+from ucray.cluster.pipeline import RunOptions
+from ucray.cluster.plan import CompressOptions
+from ucray.cluster.telemetry import Event
+from ucray.config import default_chunk
+from ucray.errors import SettingsError
+from ucray.grid import triple
+from ucray.storage.volume import open_volume
+
+PIPELINE_FILE = "pipeline.md"
+CHUNKS = 4
+"""Chunks along each axis of a shard."""
+
+STARTED = 0.25
+"""Share of the job after which every worker is at work, and time is taken."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Speeds in MB/s of source voxels on the same cores, one after the other.
+
+    `bare` codes chunks that lie in memory, in one process a core. `job` reads, codes and writes, with as
+    many encode workers; `whole` is the same job with the start of Ray and its workers, `steady` without.
+    """
+
+    quality: int
+    bare: float
+    steady: float
+    whole: float
+
+    @property
+    def efficiency(self) -> float:
+        """Steady speed of the job over that of the bare loop."""
+        return self.steady / self.bare
+
+    def to_markdown(self) -> str:
+        """The figures as a table."""
+        return (
+            f"Quality {self.quality}, {PROCESSES} encode workers or processes; the job is timed "
+            f"after {STARTED:.0%} of it.\n\n"
+            "| | MB/s |\n|---|---|\n"
+            f"| bare loop | {self.bare:.4g} |\n"
+            f"| job | {self.steady:.4g} |\n"
+            f"| job, start included | {self.whole:.4g} |\n\n"
+            f"Efficiency {self.efficiency:.1%}.\n"
+        )
+
+
+def measure_pipeline(
+    source: str,
+    folder: str,
+    weights: str,
+    *,
+    roi: str | None = None,
+    array: str | None = None,
+    endpoint_url: str | None = None,
+) -> Efficiency:
+    """Compress a region at the default ratio by a job and by the bare loop; leaves a table in a folder.
+
+    `weights` are named as for the job.
+
+    Raises
+    ------
+    SettingsError
+        If the region has too few shards for a speed.
+    """
+    volume = open_volume(source, array, endpoint_url)
+    region, voxels = read_region(volume, roi)
+    loaded = jobs.load_weights(weights, endpoint_url)
+    chunk = default_chunk(loaded.config)
+    marks: list[tuple[float, float]] = []
+
+    def note(event: Event) -> None:
+        if event.stage == "compress" and event.done:
+            marks.append((time.perf_counter(), event.done))
+
+    place = report_folder(folder)
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        report = jobs.compress(
+            source,
+            f"{scratch}/pipeline.zarr",
+            CompressOptions(roi=str(region), chunk=chunk, shard=triple(CHUNKS * n for n in chunk)),
+            weights=weights,
+            run_options=RunOptions(encode_workers=PROCESSES),
+            connection=jobs.Connection(endpoint_url, array),
+            listener=note,
+        )
+    timed = [mark for mark in marks if mark[1] >= STARTED * report.bytes_in]
+    if len(timed) < 2:
+        raise SettingsError(f"{region} has {report.shards} shards; too few for a speed")
+    (first, before), (last, after) = timed[0], timed[-1]
+    with VolumeCodec(voxels, loaded, chunk, volume.fill_value) as codec:
+        started = time.perf_counter()
+        codec.encode(report.quality)
+        bare = voxels.nbytes / (time.perf_counter() - started) / 1e6
+    found = Efficiency(
+        quality=report.quality,
+        bare=bare,
+        steady=(after - before) / (last - first) / 1e6,
+        whole=report.bytes_in / report.seconds / 1e6,
+    )
+    (place / PIPELINE_FILE).write_text(found.to_markdown())
+    return found
