@@ -255,9 +255,9 @@ def test_the_command_times_a_job_against_the_bare_loop(tmp_path: Path, tiny_weig
     # The archive that it wrote is gone.
     assert [path.name for path in out.iterdir()] == ["pipeline.md"]
     few = run(app, [*common, "--weights", str(weights), "--roi", "0:64,0:64,0:256"])
-    assert "too few" in str(few.exception)
-    refused = run(app, common)
-    assert "--pipeline takes --weights" in str(refused.exception)
+    assert "single shard" in str(few.exception)
+    assert "give --weights" in str(run(app, common).exception)
+    assert run(app, [*common, "--weights", str(weights), "--device", "cpu"]).exit_code == 2
 
 
 @pytest.mark.parametrize("ratios", ["1", "a,b", "16,,32", "inf", ""])

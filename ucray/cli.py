@@ -343,18 +343,18 @@ def bench(
     from ucray.bench.report import to_markdown
     from ucray.cluster.benchmark import STAGES_FILE, parse_ratios, time_stages
     from ucray.cluster.benchmark import bench as run
-    from ucray.cluster.efficiency import measure_pipeline
     from ucray.cluster.jobs import load_weights
-    from ucray.errors import SettingsError
 
     if pipeline:
-        if weights is None or device is not None:
-            raise SettingsError("--pipeline takes --weights, and no --device")
-        found_speeds = measure_pipeline(
-            source, output, weights, roi=roi, array=array, endpoint_url=endpoint_url
-        )
-        figures = dataclasses.asdict(found_speeds) | {"efficiency": found_speeds.efficiency}
-        show(figures, as_json=as_json)
+        from ucray.cluster.efficiency import measure_pipeline
+
+        if device is not None:
+            raise typer.BadParameter("--pipeline and --device are two measurements; ask for one")
+        speeds = measure_pipeline(source, output, weights, roi=roi, array=array, endpoint_url=endpoint_url)
+        if as_json:
+            show(dataclasses.asdict(speeds) | {"efficiency": speeds.efficiency}, as_json=as_json)
+        else:
+            Console().print(speeds.to_markdown(), markup=False)
         return
     loaded = None if weights is None else load_weights(weights, endpoint_url)
     if device is not None:
