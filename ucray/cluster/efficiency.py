@@ -47,8 +47,8 @@ class Efficiency:
     def to_markdown(self) -> str:
         """The figures as a table."""
         return (
-            f"Quality {self.quality}, {PROCESSES} encode workers or processes; "
-            f"the first 1/{STARTED} of the job is not timed.\n\n"
+            f"Quality {self.quality}, {PROCESSES} encode workers or processes.\n"
+            f"The first 1/{STARTED} of the job is not timed.\n\n"
             "| | MB/s |\n|---|---|\n"
             f"| bare loop | {self.bare:.4g} |\n"
             f"| job | {self.steady:.4g} |\n"
