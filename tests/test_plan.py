@@ -23,7 +23,8 @@ from ucray.config import CodecConfig, config_for_voxels, default_chunk
 from ucray.errors import SettingsError
 from ucray.grid import Box, Grid, Shape3
 from ucray.settings import TrainingConfig
-from ucray.storage.volume import Space, Volume
+from ucray.storage.space import Space
+from ucray.storage.volume import Volume
 
 SIDES = st.integers(1, 400)
 SHAPES = st.tuples(SIDES, SIDES, SIDES)

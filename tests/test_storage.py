@@ -46,7 +46,8 @@ from ucray.storage.shard import (
     split,
     statistics_key,
 )
-from ucray.storage.volume import Space, open_volume
+from ucray.storage.space import Space
+from ucray.storage.volume import open_volume
 
 Place = Callable[[], Objects]
 

@@ -7,13 +7,22 @@ from typing import Annotated
 import typer
 
 Source = Annotated[
-    str, typer.Argument(help="Volume: zarr array or OME-Zarr group; path, s3:// or http(s)://.")
+    str,
+    typer.Argument(
+        help="Volume: zarr, OME-Zarr, N5, precomputed, HDF5, TIFF or a folder of TIFF sections; "
+        "path, s3:// or http(s)://."
+    ),
 ]
 Archive = Annotated[str, typer.Argument(help="Archive: path or s3:// URL.")]
 Endpoint = Annotated[
     str | None, typer.Option(help="S3 endpoint; AWS_ENDPOINT_URL serves too.", envvar="AWS_ENDPOINT_URL")
 ]
-ArrayName = Annotated[str | None, typer.Option("--array", help="Array within the source group.")]
+ArrayName = Annotated[
+    str | None, typer.Option("--array", help="Array within the source: a path, or a scale's key.")
+]
+Select = Annotated[
+    str | None, typer.Option(help="Place on each axis of the source that is not z, y or x, as t=0,c=1.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Serial = Annotated[bool, typer.Option(help="Work in this process, without Ray.")]
 Workers = Annotated[int, typer.Option(min=1, help="Workers.")]

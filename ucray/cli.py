@@ -28,6 +28,7 @@ from ucray.arguments import (
     Psnr,
     Ratio,
     Roi,
+    Select,
     Serial,
     Shard,
     Source,
@@ -117,6 +118,7 @@ def train(
     chunk: Annotated[str | None, typer.Option(help="Shape of a crop to learn from, as 64,64,64.")] = None,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
+    select: Select = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a teacher and distil a student on samples of a volume."""
@@ -149,7 +151,7 @@ def train(
             metrics_linger=metrics_linger,
             roi=roi,
             chunk=None if chunk is None else parse_shape(chunk),
-            connection=jobs.Connection(endpoint_url, array),
+            connection=jobs.Connection(endpoint_url, array, select),
             listener=listener,
         )
     show(
@@ -193,6 +195,7 @@ def compress(
     ] = None,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
+    select: Select = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress a volume into an archive; the same command again finishes an interrupted job."""
@@ -209,7 +212,7 @@ def compress(
         roi=roi,
         memory=memory,
     )
-    connection = jobs.Connection(endpoint_url, array)
+    connection = jobs.Connection(endpoint_url, array, select)
     training = None if train_steps is None else jobs.training_for(train_steps)
     run_options = jobs.run_options_from(
         encode_workers=workers,
@@ -274,6 +277,7 @@ def plan(
     gpu_hour: Annotated[float | None, typer.Option(help="Price of a GPU for an hour.")] = None,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
+    select: Select = None,
     as_json: AsJson = False,
 ) -> None:
     """Code a few chunks, and say what compressing all would give, take and cost; writes nothing."""
@@ -301,7 +305,7 @@ def plan(
         run_options=jobs.run_options_from(encode_workers=workers, device=device),
         prices=jobs.checked(Prices, prices),
         months=months,
-        connection=jobs.Connection(endpoint_url, array),
+        connection=jobs.Connection(endpoint_url, array, select),
         as_json=as_json,
     )
 
@@ -337,20 +341,22 @@ def bench(
     ] = False,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
+    select: Select = None,
     as_json: AsJson = False,
 ) -> None:
     """Code a volume with ucray and its peers: tables, plots and BD-rates in a folder."""
     from ucray.bench.report import to_markdown
     from ucray.cluster.benchmark import STAGES_FILE, parse_ratios, time_stages
     from ucray.cluster.benchmark import bench as run
-    from ucray.cluster.jobs import load_weights
+    from ucray.cluster.jobs import Connection, load_weights
 
+    connection = Connection(endpoint_url, array, select)
     if pipeline:
         from ucray.cluster.efficiency import measure_pipeline
 
         if device is not None:
             raise typer.BadParameter("--pipeline and --device are two measurements; ask for one")
-        speeds = measure_pipeline(source, output, weights, roi=roi, array=array, endpoint_url=endpoint_url)
+        speeds = measure_pipeline(source, output, weights, roi=roi, connection=connection)
         if as_json:
             show(dataclasses.asdict(speeds) | {"efficiency": speeds.efficiency}, as_json=as_json)
         else:
@@ -358,9 +364,7 @@ def bench(
         return
     loaded = None if weights is None else load_weights(weights, endpoint_url)
     if device is not None:
-        stages = time_stages(
-            source, output, loaded, device, batch, roi=roi, array=array, endpoint_url=endpoint_url
-        )
+        stages = time_stages(source, output, loaded, device, batch, roi=roi, connection=connection)
         if as_json:
             show({"stages": [dataclasses.asdict(stage) for stage in stages]}, as_json=as_json)
         else:
@@ -376,8 +380,7 @@ def bench(
             roi=roi,
             chunk=None if chunk is None else parse_shape(chunk),
             exact_fill=exact_fill,
-            array=array,
-            endpoint_url=endpoint_url,
+            connection=connection,
             listener=listener,
         )
     if as_json:
@@ -425,6 +428,7 @@ def verify(
     serial: Serial = False,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
+    select: Select = None,
     as_json: AsJson = False,
 ) -> None:
     """Check that an archive is whole; exits with 1 if it is not."""
@@ -438,7 +442,7 @@ def verify(
             workers=workers,
             worker_cpus=worker_cpus,
             serial=serial,
-            connection=jobs.Connection(endpoint_url, array),
+            connection=jobs.Connection(endpoint_url, array, select),
             listener=listener,
         )
     show(dataclasses.asdict(found) | {"clean": found.clean}, as_json=as_json)

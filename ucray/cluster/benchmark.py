@@ -12,6 +12,7 @@ import torch
 from ucray.bench.report import report_folder, write_report
 from ucray.bench.run import RATIOS, Bench, run_bench
 from ucray.bench.stages import Stage, measure_stages, stages_to_markdown
+from ucray.cluster.jobs import Connection
 from ucray.cluster.plan import config_for
 from ucray.cluster.rate import data_range
 from ucray.cluster.telemetry import Event, Listener, ignore
@@ -20,7 +21,7 @@ from ucray.codec.weights import Weights
 from ucray.config import default_chunk
 from ucray.errors import SettingsError
 from ucray.grid import Box, Shape3, parse_box
-from ucray.storage.volume import Volume, open_volume
+from ucray.storage.volume import Volume
 
 STAGES_FILE = "stages.md"
 STAGES_QUALITY = 128
@@ -50,8 +51,7 @@ def bench(
     roi: str | None = None,
     chunk: Shape3 | None = None,
     exact_fill: bool = True,
-    array: str | None = None,
-    endpoint_url: str | None = None,
+    connection: Connection = Connection(),
     listener: Listener = ignore,
 ) -> Bench:
     """Measure ucray and its peers on a volume, and leave the report in a folder.
@@ -61,7 +61,7 @@ def bench(
     SettingsError
         If a codec is unknown, or the region is empty or too large for one machine.
     """
-    volume = open_volume(source, array, endpoint_url)
+    volume = connection.open(source)
     if not exact_fill:
         volume = volume.without_fill()
     region, voxels = read_region(volume, roi)
@@ -99,8 +99,7 @@ def time_stages(
     batch: int,
     *,
     roi: str | None = None,
-    array: str | None = None,
-    endpoint_url: str | None = None,
+    connection: Connection = Connection(),
 ) -> list[Stage]:
     """Time the stages of the codec on chunks of a volume; leaves a table in a folder.
 
@@ -113,7 +112,7 @@ def time_stages(
         raise SettingsError("--device times the stages of the codec; give --weights")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise SettingsError(f"--device {device}: no such device here")
-    _, voxels = read_region(open_volume(source, array, endpoint_url), roi)
+    _, voxels = read_region(connection.open(source), roi)
     stages = measure_stages(
         voxels, weights, default_chunk(weights.config), quality=STAGES_QUALITY, device=device, batch=batch
     )

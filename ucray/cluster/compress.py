@@ -97,6 +97,7 @@ def prepare(
             fingerprint=fingerprint,
             source=volume.url,
             source_array=volume.path,
+            source_select=",".join(f"{axis}={place}" for axis, place in volume.select),
             region=str(plan.region),
             shape=plan.grid.shape,
             dtype=volume.dtype,

@@ -10,13 +10,13 @@ from ucray.bench.ours import PROCESSES, VolumeCodec
 from ucray.bench.report import report_folder
 from ucray.cluster import jobs
 from ucray.cluster.benchmark import read_region
+from ucray.cluster.jobs import Connection
 from ucray.cluster.pipeline import RunOptions
 from ucray.cluster.plan import CompressOptions
 from ucray.cluster.telemetry import Event
 from ucray.config import default_chunk
 from ucray.errors import SettingsError
 from ucray.grid import triple
-from ucray.storage.volume import open_volume
 
 PIPELINE_FILE = "pipeline.md"
 CHUNKS = 4
@@ -63,8 +63,7 @@ def measure_pipeline(
     weights: str | None,
     *,
     roi: str | None = None,
-    array: str | None = None,
-    endpoint_url: str | None = None,
+    connection: Connection = Connection(),
 ) -> Efficiency:
     """Compress a region at the default ratio by a job and by the bare loop; leaves a table in a folder.
 
@@ -77,9 +76,9 @@ def measure_pipeline(
     """
     if weights is None:
         raise SettingsError("--pipeline compares at one quality of one codec; give --weights")
-    volume = open_volume(source, array, endpoint_url)
+    volume = connection.open(source)
     region, voxels = read_region(volume, roi)
-    loaded = jobs.load_weights(weights, endpoint_url)
+    loaded = jobs.load_weights(weights, connection.endpoint_url)
     chunk = default_chunk(loaded.config)
     shard = triple(CHUNKS * n for n in chunk)
     if all(extent <= n for extent, n in zip(region.shape, shard, strict=True)):
@@ -98,7 +97,7 @@ def measure_pipeline(
             CompressOptions(roi=str(region), chunk=chunk, shard=shard),
             weights=weights,
             run_options=RunOptions(encode_workers=PROCESSES),
-            connection=jobs.Connection(endpoint_url, array),
+            connection=connection,
             listener=note,
         )
     (first, before), (last, after) = marks[len(marks) // STARTED], marks[-1]

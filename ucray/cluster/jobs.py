@@ -29,7 +29,8 @@ from ucray.quality import ErrorSum
 from ucray.settings import Settings, TrainingConfig
 from ucray.storage.archive import GROUP_KEY, WEIGHTS_KEY, Archive, find_archive, open_archive
 from ucray.storage.objects import Objects, open_objects, open_writable_store, translated
-from ucray.storage.volume import Space, open_volume
+from ucray.storage.space import Space
+from ucray.storage.volume import Volume, open_volume
 from ucray.synthetic import synthetic_volume
 
 Checked = TypeVar("Checked", bound=Settings)
@@ -37,10 +38,15 @@ Checked = TypeVar("Checked", bound=Settings)
 
 @dataclass(frozen=True)
 class Connection:
-    """How sources and destinations are reached: S3 endpoint, array within a source group."""
+    """How sources and destinations are reached: S3 endpoint, array in a source, places on other axes."""
 
     endpoint_url: str | None = None
     array: str | None = None
+    select: str | None = None
+
+    def open(self, source: str) -> Volume:
+        """The volume at `source`, as `open_volume` says."""
+        return open_volume(source, self.array, self.endpoint_url, self.select)
 
 
 def synth(
@@ -96,7 +102,7 @@ def decide(
     source: str, options: CompressOptions, weights: str | None, connection: Connection
 ) -> tuple[CompressPlan, str | None, Weights | None]:
     """The plan of a job, and the weights to start from with their name; None where none fit the volume."""
-    volume = open_volume(source, connection.array, connection.endpoint_url)
+    volume = connection.open(source)
     name = weights or shipped_for(config_for(volume))
     loaded = None if name is None else load_weights(name, connection.endpoint_url)
     return plan_compress(volume, loaded.config if loaded else config_for(volume), options), name, loaded
@@ -182,8 +188,8 @@ def train(
 
     Without `exact_fill` voxels of a volume's fill value are learnt from like others.
     """
-    volume = open_volume(source, connection.array, connection.endpoint_url)
-    others = [open_volume(other, connection.array, connection.endpoint_url) for other in also]
+    volume = connection.open(source)
+    others = [connection.open(other) for other in also]
     if not exact_fill:
         volume, others = volume.without_fill(), [other.without_fill() for other in others]
     folder, name = _object(destination, connection.endpoint_url)
@@ -230,7 +236,7 @@ def verify(
 
     With a source, every voxel of what is checked.
     """
-    volume = None if source is None else open_volume(source, connection.array, connection.endpoint_url)
+    volume = None if source is None else connection.open(source)
     return verify_archive(
         archive,
         source=volume,

@@ -137,6 +137,7 @@ class CompressPlan:
         return {
             "source": self.volume.url,
             "array": self.volume.path,
+            "select": dict(self.volume.select),
             "dtype": self.volume.dtype,
             "region": str(self.region),
             "shape": list(self.grid.shape),

@@ -200,8 +200,8 @@ def _measuring_reads(plan: CompressPlan) -> int:
 
 def _fetched(plan: CompressPlan) -> list[tuple[int, ...]]:
     """Shapes of what takes a request of its own: chunks, and where the source is sharded, shards' indices."""
-    array = plan.volume.array
-    return [array.chunks] if array.shards is None else [array.chunks, array.shards]
+    volume = plan.volume
+    return [volume.chunks] if volume.shards is None else [volume.chunks, volume.shards]
 
 
 def _touched(span: tuple[int, int], cell: int) -> int:

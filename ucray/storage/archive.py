@@ -39,7 +39,7 @@ from ucray.storage.shard import (
     shard_key,
     stored_statistics,
 )
-from ucray.storage.volume import Space
+from ucray.storage.space import Space
 from ucray.zarr_codec import UcrayCodec
 
 GROUP_KEY = "zarr.json"
@@ -54,6 +54,7 @@ class ArchiveSettings(Settings):
     fingerprint: str
     source: str
     source_array: str
+    source_select: str = ""
     region: str
     shape: Shape3
     dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]

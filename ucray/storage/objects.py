@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import urlsplit
 
 import botocore.exceptions
+import fsspec
 import s3fs
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore
@@ -61,6 +62,24 @@ def open_store(url: str, endpoint_url: str | None = None) -> Store:
     if scheme in ("http", "https"):
         return FsspecStore.from_url(url.rstrip("/"), read_only=True)
     return LocalStore(place, read_only=True)
+
+
+def local_path(url: str) -> Path | None:
+    """The path that a local path or file:// URL names; None for other URLs."""
+    scheme, place = _parsed(url)
+    return Path(place) if scheme == "file" else None
+
+
+def open_file(url: str, endpoint_url: str | None = None) -> BinaryIO:
+    """A file under a local path, file://, s3:// or http(s):// URL, read where it is asked for."""
+    scheme, place = _parsed(url)
+    if scheme == "file":
+        return Path(place).open("rb")
+    if scheme == "s3":
+        file = s3fs.S3FileSystem(**_s3_options(endpoint_url, asynchronous=False)).open(place, "rb")
+    else:
+        file = fsspec.open(url, "rb").open()
+    return cast(BinaryIO, file)
 
 
 def open_writable_store(url: str, endpoint_url: str | None = None) -> Store:

@@ -1,54 +1,35 @@
-"""Open any source: a zarr v2 or v3 array, or the scale of an OME-Zarr group, as one volume."""
+"""Open any source as one volume (z, y, x): zarr, OME-Zarr, N5, precomputed, HDF5, TIFF."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from glob import has_magic
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import numpy.typing as npt
-import zarr
-import zarr.errors
-from zarr.abc.store import Store
-from zarr.storage import StorePath
 
 from ucray.codec.chunk import DTYPES
-from ucray.errors import DtypeError, SourceError, StorageError, UcrayError
+from ucray.errors import DtypeError, SettingsError, SourceError, UcrayError
 from ucray.grid import Box, Shape3, triple
-from ucray.storage.objects import open_store, translated
+from ucray.storage.objects import translated
+from ucray.storage.sources import from_hdf5, from_tiff
+from ucray.storage.sources.from_hdf5 import open_hdf5
+from ucray.storage.sources.from_tensorstore import N5, PRECOMPUTED, open_n5, open_precomputed
+from ucray.storage.sources.from_tiff import open_stack, open_tiff, stack_of
+from ucray.storage.sources.from_zarr import find_zarr, open_zarr
+from ucray.storage.sources.opened import Opened, Selection
+from ucray.storage.space import SPATIAL, Space
 
 Voxels = npt.NDArray[np.generic]
 
-
-@dataclass(frozen=True)
-class Space:
-    """Where the voxels lie: edge lengths and first corner (z, y, x), in `unit` (None: unknown)."""
-
-    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    translation: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    unit: str | None = None
-
-    def within(self, start: Shape3) -> Space:
-        """The space of a region whose first voxel is `start`."""
-        moved = [t + s * n for t, s, n in zip(self.translation, self.scale, start, strict=True)]
-        return Space(self.scale, (moved[0], moved[1], moved[2]), self.unit)
-
-    def to_ome(self, name: str) -> dict[str, Any]:
-        """OME-Zarr 0.5 attributes of a group whose one scale is the array "0"."""
-        axes = [{"name": axis, "type": "space"} for axis in "zyx"]
-        if self.unit is not None:
-            axes = [axis | {"unit": self.unit} for axis in axes]
-        transforms: list[dict[str, Any]] = [{"type": "scale", "scale": list(self.scale)}]
-        if any(self.translation):
-            transforms.append({"type": "translation", "translation": list(self.translation)})
-        scale = {"path": "0", "coordinateTransformations": transforms}
-        return {"ome": {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": [scale]}]}}
+FORMATS = "zarr, OME-Zarr, N5, neuroglancer precomputed, HDF5 and TIFF"
 
 
 @dataclass(frozen=True)
@@ -56,6 +37,17 @@ class Volume:
     """An opened source volume; voxels are read box by box.
 
     Pickles as its address: a worker opens its own connection.
+
+    Parameters
+    ----------
+    url, path, endpoint_url
+        Where it is, and the array in it.
+    shape, dtype, fill_value, space
+        Of its voxels (z, y, x).
+    identity
+        SHA-256 of what tells it from other volumes.
+    select
+        Place on each axis that is not z, y or x.
     """
 
     url: str
@@ -66,30 +58,45 @@ class Volume:
     fill_value: float
     space: Space
     identity: str
+    select: tuple[tuple[str, int], ...] = ()
 
     @cached_property
-    def array(self) -> zarr.Array[Any]:
-        """The zarr array behind the volume."""
-        return _open_array(self.url, self.path, self.endpoint_url)
+    def array(self) -> Opened:
+        """The array behind the volume."""
+        return _open(self.url, self.path or None, self.endpoint_url)
+
+    @property
+    def chunks(self) -> Shape3:
+        """Shape of what is read at once."""
+        return self._spatial(self.array.chunks)
+
+    @property
+    def shards(self) -> Shape3 | None:
+        """Shape of what holds several chunks in one object; None where each is one of its own."""
+        return None if self.array.shards is None else self._spatial(self.array.shards)
 
     def read(self, box: Box) -> Voxels:
-        """Voxels of a box, in the source's dtype.
+        """Voxels of a box, in the volume's dtype and the machine's byte order.
 
         Raises
         ------
         SourceError
             If the stored bytes cannot be read or decoded.
         """
+        ranges = dict(zip(SPATIAL, box.slices, strict=True)) | dict(self.select)
         try:
             with translated(self.url):
-                return np.asarray(self.array[box.slices]).astype(self.dtype, copy=False)
+                selection: Selection = tuple(ranges[axis] for axis in self.array.axes)
+                voxels = np.asarray(self.array.voxels[selection])
         except UcrayError:
             raise
         except Exception as error:
-            # Codecs raise what they like on damaged bytes; ours keeps its name.
+            # Libraries raise what they like on damaged bytes; ours keeps its name.
             raise SourceError(
                 f"{self.url}: voxels {box} cannot be read: {' '.join(str(error).split())}"
             ) from error
+        kept = [axis for axis in self.array.axes if axis in SPATIAL]
+        return voxels.transpose([kept.index(axis) for axis in SPATIAL]).astype(self.dtype, copy=False)
 
     def without_fill(self) -> Volume:
         """The same volume, its fill value one like any other: whole numbers then have none."""
@@ -101,125 +108,105 @@ class Volume:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "array"}
 
+    def _spatial(self, values: tuple[int, ...]) -> Shape3:
+        return triple(values[self.array.axes.index(axis)] for axis in SPATIAL)
 
-def open_volume(url: str, array: str | None = None, endpoint_url: str | None = None) -> Volume:
+
+def open_volume(
+    url: str, array: str | None = None, endpoint_url: str | None = None, select: str | None = None
+) -> Volume:
     """Open the volume at `url`.
 
     Parameters
     ----------
     url
-        Local path, s3:// or http(s):// URL of an array or a group.
+        Local path, s3:// or http(s):// URL of an array, a group, a container, a file, or a folder of
+        sections; n5:// or precomputed:// before it says what it is where the place itself does not.
     array
-        Path of the array within a group; an OME-Zarr group's first scale is the default.
+        Path of the array within a group or file, or key of a precomputed scale; an OME-Zarr group's first
+        scale is the default.
+    select
+        One place on each axis that is not z, y or x, as t=0,c=1. Axes of one place need none.
 
     Raises
     ------
     SourceError, DtypeError
-        If there is nothing, no array, another number of axes than three, or another dtype.
+        If there is nothing, no array, an axis too many, or another dtype.
+    SettingsError
+        If `select` does not parse.
     StorageError, CredentialsError
         If the store does not serve.
     """
-    node = _open_node(url, endpoint_url)
-    space = Space()
-    path = ""
-    if isinstance(node, zarr.Group):
-        multiscale = _multiscale(node.attrs.asdict())
-        path = array if array is not None else _default_path(url, node, multiscale)
-        space = _space(multiscale, path)
-    elif array is not None:
-        raise SourceError(f"{url} is an array itself; leave --array out")
-    opened = _open_array(url, path, endpoint_url)
-    if len(opened.shape) != 3:
-        raise SourceError(f"{url} has {len(opened.shape)} axes; a volume of three, (z, y, x), is wanted")
-    if min(opened.shape) < 1:
-        raise SourceError(f"{url} has shape {opened.shape} and holds no voxels")
+    places = {} if select is None else _parse_select(select)
+    opened = _open(url, array, endpoint_url)
+    chosen = _chosen(opened, places, url)
     dtype = np.dtype(opened.dtype).name
     if dtype not in DTYPES:
         raise DtypeError(f"{url} holds voxels of type {dtype}; {', '.join(DTYPES)} are served")
-    fill = opened.metadata.fill_value
-    metadata = json.dumps(opened.metadata.to_dict(), sort_keys=True, default=str)
+    if min(opened.shape) < 1:
+        raise SourceError(f"{url} has shape {opened.shape} and holds no voxels")
+    identity = f"{url}\n{opened.path}\n{opened.metadata}"
+    if places:
+        identity += f"\n{chosen}"
     return Volume(
         url=url,
-        path=path,
+        path=opened.path,
         endpoint_url=endpoint_url,
-        shape=triple(iter(opened.shape)),
+        shape=triple(opened.shape[opened.axes.index(axis)] for axis in SPATIAL),
         dtype=dtype,
-        fill_value=0.0 if fill is None else float(fill),
-        space=space,
-        identity=hashlib.sha256(f"{url}\n{path}\n{metadata}".encode()).hexdigest(),
+        fill_value=opened.fill_value,
+        space=opened.space,
+        identity=hashlib.sha256(identity.encode()).hexdigest(),
+        select=chosen,
     )
 
 
-def _open_node(url: str, endpoint_url: str | None) -> zarr.Array[Any] | zarr.Group:
+def _open(url: str, array: str | None, endpoint_url: str | None) -> Opened:
+    """The array at `url`, whatever its format."""
+    kind, _, place = url.partition("://")
+    if kind == N5:
+        return open_n5(place, array, endpoint_url)
+    if kind == PRECOMPUTED:
+        return open_precomputed(place, array, endpoint_url)
+    suffix = Path(url).suffix.lower()
+    local = "://" not in url
+    if suffix in from_hdf5.SUFFIXES and not (local and Path(url).is_dir()):
+        return open_hdf5(url, array, endpoint_url)
+    if suffix in from_tiff.SUFFIXES and not has_magic(url) and not (local and Path(url).is_dir()):
+        return open_tiff(url, array, endpoint_url)
+    if (node := find_zarr(url, endpoint_url)) is not None:
+        return open_zarr(node, url, array, endpoint_url)
+    if files := stack_of(url):
+        return open_stack(url, files)
+    for opener in (open_precomputed, open_n5):
+        try:
+            return opener(url, array, endpoint_url)
+        except SourceError:
+            continue
+    extra = "" if find_spec("tensorstore") else "; N5 and precomputed with pip install 'ucray[sources]' alone"
+    raise SourceError(f"{url} holds no volume, or does not exist; {FORMATS} are read{extra}")
+
+
+def _parse_select(text: str) -> dict[str, int]:
     try:
-        with translated(url):
-            return zarr.open(open_store(url, endpoint_url), mode="r")
-    except (FileNotFoundError, zarr.errors.NodeNotFoundError, StorageError) as error:
-        if isinstance(error, StorageError) and not isinstance(error.__context__, FileNotFoundError):
-            raise
-        raise SourceError(f"{url} holds no zarr array or group, or does not exist") from None
-    except aiohttp.ClientError as error:
-        raise StorageError(f"{url} does not answer: {' '.join(str(error).split())}") from None
-    except (zarr.errors.BaseZarrError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{url} is no readable zarr: {' '.join(str(error).split())}") from None
+        pairs = [part.split("=") for part in text.split(",")]
+        return {axis.strip().lower(): int(place) for axis, place in pairs}
+    except ValueError:
+        raise SettingsError(f"--select {text}: not axes and their places, as t=0,c=1") from None
 
 
-def _open_array(url: str, path: str, endpoint_url: str | None) -> zarr.Array[Any]:
-    store: Store | StorePath = open_store(url, endpoint_url)
-    try:
-        with translated(url):
-            node = zarr.open(store, path=path, mode="r") if path else zarr.open(store, mode="r")
-    except (FileNotFoundError, zarr.errors.BaseZarrError, StorageError) as error:
-        if isinstance(error, StorageError) and not isinstance(error.__context__, FileNotFoundError):
-            raise
-        raise SourceError(f"{url} holds no array {path!r}") from None
-    if not isinstance(node, zarr.Array):
-        raise SourceError(f"{url} holds a group at {path!r}, no array; name one with --array")
-    return node
-
-
-def _multiscale(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The first multiscale of OME-Zarr 0.5 or 0.4 attributes; empty if there is none."""
-    ome = attributes.get("ome", attributes)
-    found = ome.get("multiscales") if isinstance(ome, Mapping) else None
-    if isinstance(found, Sequence) and found and isinstance(found[0], Mapping):
-        return found[0]
-    return {}
-
-
-def _default_path(url: str, group: zarr.Group, multiscale: Mapping[str, Any]) -> str:
-    try:
-        return str(multiscale["datasets"][0]["path"])
-    except (KeyError, IndexError, TypeError):
-        names = sorted(name for name, _ in group.arrays())
-    if len(names) == 1:
-        return names[0]
-    listed = ", ".join(names) if names else "none"
-    raise SourceError(
-        f"{url} is a group without OME-Zarr scales; name an array with --array (there are: {listed})"
-    )
-
-
-def _space(multiscale: Mapping[str, Any], path: str) -> Space:
-    """Voxel size, first corner and unit of one scale; axes that are not three give an unknown space."""
-    axes = multiscale.get("axes", [])
-    datasets = [d for d in multiscale.get("datasets", []) if d.get("path") == path]
-    if len(axes) != 3 or not datasets:
-        return Space()
-    scale, translation = [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]
-    for transforms in (
-        datasets[0].get("coordinateTransformations", []),
-        multiscale.get("coordinateTransformations", []),
-    ):
-        for transform in transforms:
-            if transform.get("type") == "scale":
-                factors = [float(v) for v in transform["scale"]]
-                scale = [a * b for a, b in zip(scale, factors, strict=True)]
-                translation = [a * b for a, b in zip(translation, factors, strict=True)]
-            elif transform.get("type") == "translation":
-                translation = [
-                    a + float(b) for a, b in zip(translation, transform["translation"], strict=True)
-                ]
-    units = {axis.get("unit") for axis in axes if isinstance(axis, Mapping)}
-    unit = units.pop() if len(units) == 1 else None
-    return Space((scale[0], scale[1], scale[2]), (translation[0], translation[1], translation[2]), unit)
+def _chosen(opened: Opened, places: Mapping[str, int], url: str) -> tuple[tuple[str, int], ...]:
+    """A place on every axis that is not spatial; raises SourceError with the choices where one is open."""
+    others = {
+        axis: extent for axis, extent in zip(opened.axes, opened.shape, strict=True) if axis not in SPATIAL
+    }
+    choices = ", ".join(f"{axis} (0 to {extent - 1})" for axis, extent in others.items()) or "none"
+    for axis, place in places.items():
+        if axis not in others or not 0 <= place < others[axis]:
+            raise SourceError(f"--select {axis}={place}: {url} has no such place; it has {choices}")
+    if unchosen := [axis for axis, extent in others.items() if extent > 1 and axis not in places]:
+        raise SourceError(
+            f"{url} has {len(opened.axes)} axes ({', '.join(opened.axes)}); choose one place with "
+            f"--select {','.join(f'{axis}=0' for axis in unchosen)} of {choices}"
+        )
+    return tuple((axis, places.get(axis, 0)) for axis in others)
