@@ -260,6 +260,27 @@ def test_the_command_times_a_job_against_the_bare_loop(tmp_path: Path, tiny_weig
     assert run(app, [*common, "--weights", str(weights), "--device", "cpu"]).exit_code == 2
 
 
+def test_levels_are_compared_two_ways(tmp_path: Path, tiny_weights: Weights) -> None:
+    source, out, weights = tmp_path / "v.zarr", tmp_path / "report", tmp_path / "w.safetensors"
+    weights.write_bytes(tiny_weights.to_bytes())
+    run: Callable[..., Any] = CliRunner().invoke
+    assert run(app, ["synth", str(source), "--shape", "64,64,128"]).exit_code == 0
+    common = ["bench", str(source), "-o", str(out), "--levels", "2", "--ratios", "4"]
+    done = run(app, [*common, "--weights", str(weights), "--json"])
+    assert done.exit_code == 0, done.output
+    points = json.loads(done.stdout)["levels"]
+    assert {point["level"] for point in points} == {1, 2}
+    for level in (1, 2):
+        shared, *coded = [point for point in points if point["level"] == level]
+        assert (shared["quality"], shared["nbytes"]) == (None, 0)
+        sizes = [point["nbytes"] for point in coded]
+        assert sizes == sorted(sizes)
+        assert all(0 < point["psnr"] < shared["psnr"] for point in coded[:1])
+    assert "averaged from level 0" in (out / "levels.md").read_text()
+    assert "give --weights" in str(run(app, common).exception)
+    assert run(app, [*common, "--weights", str(weights), "--device", "cpu"]).exit_code == 2
+
+
 @pytest.mark.parametrize("ratios", ["1", "a,b", "16,,32", "inf", ""])
 def test_ratios_that_are_none_are_refused(ratios: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", str(tmp_path), "-o", str(tmp_path), "--ratios", ratios])

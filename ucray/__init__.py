@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ucray.codec.weights import Weights
     from ucray.config import CodecConfig
     from ucray.errors import UcrayError
+    from ucray.reader import Reader, View, open
     from ucray.settings import TrainingConfig
     from ucray.zarr_codec import UcrayCodec
 
@@ -40,16 +41,19 @@ _PLACES = {
     "Connection": "ucray.cluster.jobs",
     "Event": "ucray.cluster.telemetry",
     "JobReport": "ucray.cluster.compress",
+    "Reader": "ucray.reader",
     "RunOptions": "ucray.cluster.pipeline",
     "TrainingConfig": "ucray.settings",
     "UcrayCodec": "ucray.zarr_codec",
     "UcrayError": "ucray.errors",
     "Verification": "ucray.cluster.verify",
+    "View": "ucray.reader",
     "Weights": "ucray.codec.weights",
     "compress": "ucray.cluster.jobs",
     "decompress": "ucray.cluster.jobs",
     "info": "ucray.cluster.jobs",
     "load_weights": "ucray.cluster.jobs",
+    "open": "ucray.reader",
     "plan": "ucray.cluster.jobs",
     "synth": "ucray.cluster.jobs",
     "train": "ucray.cluster.jobs",
@@ -65,16 +69,19 @@ __all__ = [
     "Connection",
     "Event",
     "JobReport",
+    "Reader",
     "RunOptions",
     "TrainingConfig",
     "UcrayCodec",
     "UcrayError",
     "Verification",
+    "View",
     "Weights",
     "compress",
     "decompress",
     "info",
     "load_weights",
+    "open",
     "plan",
     "synth",
     "train",

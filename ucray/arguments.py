@@ -56,6 +56,9 @@ WeightsName = Annotated[
 Chunk = Annotated[str | None, typer.Option(help="Chunk shape, as 64,64,64.")]
 Shard = Annotated[str | None, typer.Option(help="Shard shape, a multiple of the chunk's.")]
 Roi = Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")]
+Levels = Annotated[
+    int, typer.Option(min=0, max=16, help="Coarser levels beside the volume; they take no bytes to speak of.")
+]
 Memory = Annotated[str | None, typer.Option(help="What an encode worker may take, as 4GiB; 6GiB by default.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MetricsPort = Annotated[

@@ -20,6 +20,7 @@ from ucray.arguments import (
     Device,
     Endpoint,
     ExactFill,
+    Levels,
     Lossless,
     MaxError,
     Memory,
@@ -175,6 +176,7 @@ def compress(
     chunk: Chunk = None,
     shard: Shard = None,
     roi: Roi = None,
+    levels: Levels = 0,
     memory: Memory = None,
     metrics_port: MetricsPort = None,
     metrics_linger: MetricsLinger = 60.0,
@@ -210,6 +212,7 @@ def compress(
         chunk=chunk,
         shard=shard,
         roi=roi,
+        levels=levels,
         memory=memory,
     )
     connection = jobs.Connection(endpoint_url, array, select)
@@ -339,6 +342,12 @@ def bench(
         bool,
         typer.Option("--pipeline", help="Time a whole job on Ray against the bare loop, instead of codecs."),
     ] = False,
+    levels: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=4, help="Coarser levels, averaged from the decoded volume or coded, instead of codecs."
+        ),
+    ] = None,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
     select: Select = None,
@@ -346,16 +355,22 @@ def bench(
 ) -> None:
     """Code a volume with ucray and its peers: tables, plots and BD-rates in a folder."""
     from ucray.bench.report import to_markdown
-    from ucray.cluster.benchmark import STAGES_FILE, parse_ratios, time_stages
+    from ucray.cluster.benchmark import (
+        LEVELS_FILE,
+        STAGES_FILE,
+        compare_levels,
+        parse_ratios,
+        time_stages,
+    )
     from ucray.cluster.benchmark import bench as run
     from ucray.cluster.jobs import Connection, load_weights
 
     connection = Connection(endpoint_url, array, select)
+    if (device is not None) + pipeline + (levels is not None) > 1:
+        raise typer.BadParameter("--pipeline, --device and --levels are measurements each; ask for one")
     if pipeline:
         from ucray.cluster.efficiency import measure_pipeline
 
-        if device is not None:
-            raise typer.BadParameter("--pipeline and --device are two measurements; ask for one")
         speeds = measure_pipeline(source, output, weights, roi=roi, connection=connection)
         if as_json:
             show(dataclasses.asdict(speeds) | {"efficiency": speeds.efficiency}, as_json=as_json)
@@ -369,6 +384,15 @@ def bench(
             show({"stages": [dataclasses.asdict(stage) for stage in stages]}, as_json=as_json)
         else:
             Console().print((Path(output) / STAGES_FILE).read_text(), markup=False)
+        return
+    if levels is not None:
+        compared = compare_levels(
+            source, output, loaded, levels, ratios=parse_ratios(ratios), roi=roi, connection=connection
+        )
+        if as_json:
+            show({"levels": [dataclasses.asdict(point) for point in compared]}, as_json=as_json)
+        else:
+            Console().print((Path(output) / LEVELS_FILE).read_text(), markup=False)
         return
     with progress(quiet=as_json) as listener:
         found = run(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ucray.bench.levels import LevelPoint, levels_to_markdown, measure_levels
 from ucray.bench.report import report_folder, write_report
 from ucray.bench.run import RATIOS, Bench, run_bench
 from ucray.bench.stages import Stage, measure_stages, stages_to_markdown
@@ -22,8 +23,10 @@ from ucray.config import default_chunk
 from ucray.errors import SettingsError
 from ucray.grid import Box, Shape3, parse_box
 from ucray.storage.volume import Volume
+from ucray.zarr_level import level_factors
 
 STAGES_FILE = "stages.md"
+LEVELS_FILE = "levels.md"
 STAGES_QUALITY = 128
 
 LARGEST = 1 << 31
@@ -119,6 +122,40 @@ def time_stages(
     place = report_folder(folder)
     (place / STAGES_FILE).write_text(stages_to_markdown(stages, STAGES_QUALITY, batch))
     return stages
+
+
+def compare_levels(
+    source: str,
+    folder: str,
+    weights: Weights | None,
+    levels: int,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    roi: str | None = None,
+    connection: Connection = Connection(),
+) -> list[LevelPoint]:
+    """Measure coarser levels averaged from the decoded volume, and coded of their own; leaves a table.
+
+    Raises
+    ------
+    SettingsError
+        If there are no weights.
+    """
+    if weights is None:
+        raise SettingsError("--levels compares at qualities of one codec; give --weights")
+    volume = connection.open(source)
+    _, voxels = read_region(volume, roi)
+    points = measure_levels(
+        voxels,
+        weights,
+        default_chunk(weights.config),
+        level_factors(volume.space.scale, levels),
+        ratios,
+        data_range([voxels], volume.dtype, volume.fill_value),
+    )
+    place = report_folder(folder)
+    (place / LEVELS_FILE).write_text(levels_to_markdown(points))
+    return points
 
 
 def read_region(volume: Volume, roi: str | None) -> tuple[Box, npt.NDArray[np.generic]]:

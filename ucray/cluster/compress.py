@@ -111,6 +111,7 @@ def prepare(
             scale=measured.scale,
             data_range=measured.data_range,
             weights_digest=weights.digest,
+            levels=plan.levels,
         )
     # Also where the archive was found: a run that died in between left the array's metadata unwritten.
     name = volume.url.rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr")

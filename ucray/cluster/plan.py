@@ -18,6 +18,7 @@ from ucray.errors import SettingsError
 from ucray.grid import Box, Grid, Shape3, format_shape, parse_box, round_up, triple
 from ucray.settings import Settings, TrainingConfig
 from ucray.storage.volume import Volume
+from ucray.zarr_level import level_factors
 
 FINGERPRINT_VERSION = 1
 
@@ -39,7 +40,7 @@ class CompressOptions(Settings):
 
     At most one of `ratio` (source bytes over archive bytes), `psnr` (dB), `max_error` (of any voxel, in
     its units) and `lossless` is the target; without any it is DEFAULT_RATIO. Without `exact_fill` voxels of
-    the volume's fill value are coded like others.
+    the volume's fill value are coded like others. `levels` coarser ones can be read beside the volume itself.
     """
 
     ratio: Annotated[float, Field(ge=1.0, le=1e6)] | None = None
@@ -50,6 +51,7 @@ class CompressOptions(Settings):
     chunk: Shape3 | None = None
     shard: Shape3 | None = None
     roi: str | None = None
+    levels: Annotated[int, Field(ge=0, le=16)] = 0
     memory: Annotated[ByteSize, Field(ge=1)] = ByteSize(6 * 2**30)
 
 
@@ -100,6 +102,8 @@ class CompressPlan:
         Projected bytes of an encode worker.
     fingerprint
         SHA-256 of what makes two jobs write the same archive, but for the weights.
+    levels
+        Factors (z, y, x) of coarser levels.
     """
 
     volume: Volume
@@ -108,6 +112,7 @@ class CompressPlan:
     target: Target
     peak_memory: int
     fingerprint: str
+    levels: tuple[Shape3, ...] = ()
 
     @property
     def bytes_in(self) -> int:
@@ -143,6 +148,7 @@ class CompressPlan:
             "shape": list(self.grid.shape),
             "chunk": list(self.grid.chunk),
             "shard": list(self.grid.shard),
+            "levels": [list(factors) for factors in self.levels],
             "chunks": self.chunk_count,
             "shards": self.shard_count,
             "bytes_in": self.bytes_in,
@@ -186,17 +192,18 @@ def plan_compress(volume: Volume, config: CodecConfig, options: CompressOptions)
             f"a shard of {format_shape(shard)} needs {peak / 2**30:.1f} GiB a worker, over the budget of "
             f"{options.memory / 2**30:.1f} GiB; the largest that fits is {fitting}"
         )
-    fingerprint = _sha256(
-        {
-            "version": FINGERPRINT_VERSION,
-            "source": volume.identity,
-            "region": str(region),
-            "chunk": chunk,
-            "shard": shard,
-            "target": target.describe(),
-        }
-    )
-    return CompressPlan(volume, region, grid, target, peak, fingerprint)
+    asked: dict[str, Any] = {
+        "version": FINGERPRINT_VERSION,
+        "source": volume.identity,
+        "region": str(region),
+        "chunk": chunk,
+        "shard": shard,
+        "target": target.describe(),
+    }
+    if options.levels:
+        asked["levels"] = options.levels
+    levels = tuple(level_factors(volume.space.scale, options.levels))
+    return CompressPlan(volume, region, grid, target, peak, _sha256(asked), levels)
 
 
 def default_shard(shape: Shape3, chunk: Shape3) -> Shape3:

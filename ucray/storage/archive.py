@@ -5,6 +5,7 @@
     zarr.json                     group: OME-Zarr metadata; "ucray": settings and fingerprint
     0/zarr.json                   array: sharding_indexed around the codec ucray, weights inside
     0/c/Z/Y/X                     shards
+    1/zarr.json, 2/zarr.json, ... coarser levels, which have no chunks: averaged from 0 when read
     ucray/statistics/Z.Y.X-CRC.json.gz
     ucray/weights.safetensors     full weights, if they were trained for this archive
 """
@@ -28,7 +29,8 @@ from zarr.storage import MemoryStore
 from ucray.codec.chunk import DTYPES, ChunkFormat
 from ucray.codec.weights import Weights
 from ucray.errors import ArchiveError, DestinationError
-from ucray.grid import Box, Grid, Shape3
+from ucray.grid import Box, Grid, Shape3, triple
+from ucray.resample import scaled_shape
 from ucray.settings import Settings
 from ucray.storage.objects import Objects, open_objects
 from ucray.storage.shard import (
@@ -41,6 +43,7 @@ from ucray.storage.shard import (
 )
 from ucray.storage.space import Space
 from ucray.zarr_codec import UcrayCodec
+from ucray.zarr_level import LevelCodec
 
 GROUP_KEY = "zarr.json"
 ARRAY_KEY = f"{ARRAY}/zarr.json"
@@ -68,6 +71,7 @@ class ArchiveSettings(Settings):
     scale: float
     data_range: Annotated[float, Field(gt=0.0)]
     weights_digest: str
+    levels: tuple[Shape3, ...] = ()
 
     @property
     def grid(self) -> Grid:
@@ -123,7 +127,12 @@ class Archive:
             # Another release of zstd may pack the same weights into other bytes; their digest stays.
             document["codecs"][0]["configuration"]["codecs"][0]["configuration"]["weights"].pop("zstd")
             documents.append(document)
-        return bool(documents[0] == documents[1])
+        levels = range(1, len(settings.levels) + 1)
+        return bool(documents[0] == documents[1]) and all(
+            json.loads(self.objects.get(level_key(level)) or b"{}")
+            == json.loads(level_metadata(settings, level))
+            for level in levels
+        )
 
     @property
     def weights_size(self) -> int:
@@ -215,7 +224,7 @@ def create_archive(
     after one that died in between, finds them and completes the rest.
     """
     group = {"zarr_format": 3, "node_type": "group"}
-    attributes = space.to_ome(name) | {"ucray": settings.model_dump(mode="json")}
+    attributes = space.to_ome(name, settings.levels) | {"ucray": settings.model_dump(mode="json")}
     objects.put_new(GROUP_KEY, _json(group | {"attributes": attributes}))
     archive = find_archive(objects)
     if archive is None:
@@ -224,6 +233,8 @@ def create_archive(
     stored = archive.settings
     codec = stored.codec_with(weights)
     objects.put_new(ARRAY_KEY, array_metadata(stored, codec))
+    for level in range(1, len(stored.levels) + 1):
+        objects.put_new(level_key(level), level_metadata(stored, level))
     return archive
 
 
@@ -241,28 +252,56 @@ def check_same(archive: Archive, fingerprint: str) -> None:
 
 def array_metadata(settings: ArchiveSettings, codec: UcrayCodec) -> bytes:
     """zarr.json of the archive's array, as zarr itself writes it."""
-    store = MemoryStore()
-    zarr.create_array(
-        store,
-        name=ARRAY,
+    return _written(
+        settings,
+        ARRAY,
         shape=settings.shape,
-        dtype=settings.dtype,
         chunks=settings.chunk,
         shards=settings.shard,
         serializer=codec,
+    )
+
+
+def _written(settings: ArchiveSettings, name: str, **layout: Any) -> bytes:
+    store = MemoryStore()
+    zarr.create_array(
+        store,
+        name=name,
+        dtype=settings.dtype,
         compressors=None,
         filters=None,
         fill_value=settings.stored_fill,
         dimension_names=("z", "y", "x"),
+        **layout,
     )
-    data = asyncio.run(store.get(ARRAY_KEY, default_buffer_prototype()))
+    data = asyncio.run(store.get(f"{name}/zarr.json", default_buffer_prototype()))
     assert data is not None
     return _json(json.loads(data.to_bytes()))
 
 
+def level_key(level: int) -> str:
+    """Key of a coarser level's metadata."""
+    return f"{level}/zarr.json"
+
+
+def level_metadata(settings: ArchiveSettings, level: int) -> bytes:
+    """zarr.json of a coarser level, 1 and up, as zarr itself writes it."""
+    z, y, x = (float(factor) for factor in settings.levels[level - 1])
+    shape = scaled_shape(settings.shape, (z, y, x))
+    return _written(
+        settings,
+        str(level),
+        shape=shape,
+        chunks=triple(min(c, n) for c, n in zip(settings.chunk, shape, strict=True)),
+        serializer=LevelCodec(ARRAY, settings.levels[level - 1]),
+    )
+
+
 def stray_objects(sizes: Iterable[str], settings: ArchiveSettings) -> list[str]:
     """Keys that belong to no part of the archive."""
-    known = {GROUP_KEY, ARRAY_KEY, WEIGHTS_KEY} | {shard_key(i) for i in settings.grid.shard_indices()}
+    known = {GROUP_KEY, ARRAY_KEY, WEIGHTS_KEY}
+    known |= {level_key(level) for level in range(1, len(settings.levels) + 1)}
+    known |= {shard_key(i) for i in settings.grid.shard_indices()}
     return sorted(key for key in sizes if key not in known and not key.startswith(STATISTICS))
 
 

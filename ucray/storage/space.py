@@ -49,16 +49,28 @@ class Space:
         moved = [t + s * n for t, s, n in zip(self.translation, self.scale, start, strict=True)]
         return Space(self.scale, (moved[0], moved[1], moved[2]), self.unit)
 
-    def to_ome(self, name: str) -> dict[str, Any]:
-        """OME-Zarr 0.5 attributes of a group whose one scale is the array "0"."""
+    def coarser(self, factors: Shape3) -> Space:
+        """The space of averages of `factors` voxels: OME-Zarr places a voxel by its centre."""
+        scale = [s * f for s, f in zip(self.scale, factors, strict=True)]
+        moved = [t + s * (f - 1) / 2 for t, s, f in zip(self.translation, self.scale, factors, strict=True)]
+        return Space((scale[0], scale[1], scale[2]), (moved[0], moved[1], moved[2]), self.unit)
+
+    def to_ome(self, name: str, levels: Sequence[Shape3] = ()) -> dict[str, Any]:
+        """OME-Zarr 0.5 attributes of a group of the scale "0", and "1" and up by their factors (z, y, x)."""
         axes = [{"name": axis, "type": "space"} for axis in SPATIAL]
         if self.unit is not None:
             axes = [axis | {"unit": self.unit} for axis in axes]
-        transforms: list[dict[str, Any]] = [{"type": "scale", "scale": list(self.scale)}]
-        if any(self.translation):
-            transforms.append({"type": "translation", "translation": list(self.translation)})
-        scale = {"path": "0", "coordinateTransformations": transforms}
-        return {"ome": {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": [scale]}]}}
+        datasets = []
+        for level, factors in enumerate([(1, 1, 1), *levels]):
+            space = self.coarser(factors)
+            transforms: list[dict[str, Any]] = [{"type": "scale", "scale": list(space.scale)}]
+            if any(space.translation):
+                transforms.append({"type": "translation", "translation": list(space.translation)})
+            datasets.append({"path": str(level), "coordinateTransformations": transforms})
+        multiscale: dict[str, Any] = {"name": name, "axes": axes, "datasets": datasets}
+        if levels:
+            multiscale["type"] = "mean"
+        return {"ome": {"version": "0.5", "multiscales": [multiscale]}}
 
 
 def axis_names(names: Sequence[Any] | None, count: int) -> tuple[str, ...] | None:

@@ -1,0 +1,236 @@
+"""`ucray.open`: an archive as an array, at its own scale or any other, and a picture of it in a notebook.
+
+Imports what decoding takes and nothing of what makes archives: zarr, numpy, torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+import zarr.errors
+
+from ucray.errors import ArchiveError, SettingsError
+from ucray.grid import Box, Shape3, triple
+from ucray.resample import Scale3, scaled_shape, tiles
+from ucray.storage.space import SPATIAL, multiscale_of, multiscale_space
+
+Voxels = npt.NDArray[np.generic]
+
+ARRAY = "0"
+
+THUMBNAIL = 192
+"""Voxels of a thumbnail's slice, on each axis: a few chunks to decode."""
+
+
+def open(url: str, storage_options: Mapping[str, Any] | None = None) -> Reader:
+    """Open an archive for reading.
+
+    Parameters
+    ----------
+    url
+        Local path, s3:// or http(s):// URL.
+    storage_options
+        For remote stores, as zarr takes them.
+
+    Raises
+    ------
+    ArchiveError
+        If there is no archive.
+    """
+    try:
+        group = zarr.open_group(url, mode="r", storage_options=dict(storage_options or {}) or None)
+        array = group[ARRAY]
+        settings = cast(Any, group.attrs.asdict()["ucray"])
+    except (FileNotFoundError, zarr.errors.BaseZarrError, KeyError, ValueError, TypeError):
+        raise ArchiveError(f"{url} holds no ucray archive, or does not exist") from None
+    if not isinstance(array, zarr.Array) or not isinstance(settings, Mapping):
+        raise ArchiveError(f"{url} holds no ucray archive, or does not exist")
+    return Reader(url, group, array, settings)
+
+
+@dataclass(frozen=True)
+class View:
+    """An archive at one scale: voxels (z, y, x) are decoded when they are sliced.
+
+    Parameters
+    ----------
+    scale
+        Edge of a voxel on each axis, in voxels of the archive. Above 1 a voxel is the average of those it
+        covers; below, values between voxels' centres are interpolated.
+    """
+
+    array: zarr.Array[Any]
+    scale: Scale3
+
+    @property
+    def shape(self) -> Shape3:
+        return scaled_shape(triple(iter(self.array.shape)), self.scale)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.array.dtype)
+
+    @property
+    def ndim(self) -> int:
+        return 3
+
+    def __getitem__(self, selection: Any) -> Any:
+        """Voxels of slices and places; steps and negative places as in numpy."""
+        box, within = _box(selection, self.shape)
+        found = np.empty(box.shape, self.dtype)
+        source = triple(iter(self.array.shape))
+        for tile in tiles(box, self.scale, source):
+            place = tile.target.shifted(triple(-n for n in box.start)).slices
+            found[place] = tile.of(np.asarray(self.array[tile.source.slices]))
+        return found[within]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Voxels:
+        return np.asarray(self[...], dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """An opened archive; sliced, it gives voxels (z, y, x) as zarr does.
+
+    Parameters
+    ----------
+    group, array
+        The zarr group, and its volume.
+    settings
+        What the archive records of its making.
+    """
+
+    url: str
+    group: zarr.Group
+    array: zarr.Array[Any]
+    settings: Mapping[str, Any]
+
+    @property
+    def shape(self) -> Shape3:
+        return triple(iter(self.array.shape))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.array.dtype)
+
+    @property
+    def ndim(self) -> int:
+        return 3
+
+    @property
+    def levels(self) -> list[Shape3]:
+        """Factors (z, y, x) of the archive's scales, from its own on."""
+        return [(1, 1, 1), *(triple(iter(factors)) for factors in self.settings.get("levels", []))]
+
+    @cached_property
+    def voxel_size(self) -> tuple[list[float], str | None]:
+        """Edges (z, y, x) of a voxel, and their unit; None where it is unknown."""
+        space = multiscale_space(multiscale_of(self.group.attrs.asdict()), ARRAY, SPATIAL)
+        return list(space.scale), space.unit
+
+    def __getitem__(self, selection: Any) -> Any:
+        return self.array[selection]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Voxels:
+        return np.asarray(self.array[...], dtype=dtype)
+
+    def at(self, scale: float | Scale3) -> View:
+        """The archive with voxels `scale` times as long, on each axis or all alike.
+
+        Raises
+        ------
+        SettingsError
+            If a scale is not above zero.
+        """
+        each: Scale3 = (scale, scale, scale) if isinstance(scale, int | float) else scale
+        if len(each) != 3 or not all(0.0 < s < float("inf") for s in each):
+            raise SettingsError(f"a scale of {scale}: one number above zero is wanted, or one an axis")
+        z, y, x = (float(s) for s in each)
+        return View(self.array, (z, y, x))
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.shape))
+        return f"<ucray archive {self.url}: {size} {self.dtype}, {', '.join(self._target)}>"
+
+    def _repr_html_(self) -> str:
+        """A table of figures and a slice through the middle, in the colours of the notebook."""
+        edges, unit = self.voxel_size
+        settings = self.settings
+        rows = {
+            "shape (z, y, x)": " x ".join(map(str, self.shape)),
+            "voxels": str(self.dtype),
+            "voxel size": " x ".join(f"{edge:g}" for edge in edges) + (f" {unit}" if unit else ""),
+            "before compression": f"{self.array.nbytes / 1e6:,.1f} MB",
+            "asked for": ", ".join(self._target),
+            "levels": ", ".join("x".join(map(str, factors)) for factors in self.levels),
+            "chunk, shard": " and ".join("x".join(map(str, settings[name])) for name in ("chunk", "shard")),
+            "source": f"{settings['source']} {settings['source_array']}".strip(),
+            "weights": str(settings["weights_digest"])[:12],
+        }
+        cells = "".join(
+            f'<tr><th style="text-align:left">{html.escape(name)}</th>'
+            f'<td style="text-align:left">{html.escape(value)}</td></tr>'
+            for name, value in rows.items()
+        )
+        return (
+            '<div style="display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start">'
+            f"{self._thumbnail()}<table>{cells}</table></div>"
+        )
+
+    @property
+    def _target(self) -> list[str]:
+        return [f"{name.replace('_', ' ')} {value:g}" for name, value in self.settings["target"].items()]
+
+    def _thumbnail(self) -> str:
+        """The middle of the middle slice as an <img>; nothing where pillow is not installed."""
+        try:
+            from PIL import Image
+        except ImportError:
+            return ""
+        z, y, x = self.shape
+        rows, columns = (slice(max(0, (n - THUMBNAIL) // 2), (n + THUMBNAIL) // 2) for n in (y, x))
+        plane = np.asarray(self.array[z // 2, rows, columns], np.float32)
+        finite = plane[np.isfinite(plane)]
+        low, high = np.percentile(finite, [1, 99]) if finite.size else (0.0, 1.0)
+        grey = np.clip(np.nan_to_num((plane - low) / max(high - low, 1e-9)), 0, 1) * 255
+        file = io.BytesIO()
+        Image.fromarray(grey.astype(np.uint8)).save(file, "PNG")
+        data = base64.b64encode(file.getvalue()).decode()
+        return f'<img alt="middle of slice {z // 2}" src="data:image/png;base64,{data}">'
+
+
+def _box(selection: Any, shape: Shape3) -> tuple[Box, tuple[Any, ...]]:
+    """The box that a selection lies in, and what is to be taken of that box."""
+    parts = selection if isinstance(selection, tuple) else (selection,)
+    if Ellipsis in parts:
+        place = parts.index(Ellipsis)
+        filled = 3 - (len(parts) - 1)
+        parts = (*parts[:place], *[slice(None)] * filled, *parts[place + 1 :])
+    parts = (*parts, *[slice(None)] * (3 - len(parts)))
+    if len(parts) != 3:
+        raise IndexError(f"{len(parts)} indices for three axes")
+    spans: list[tuple[int, int]] = []
+    within: list[Any] = []
+    for part, extent in zip(parts, shape, strict=True):
+        if isinstance(part, slice):
+            places = range(extent)[part]
+            first, last = (min(places), max(places) + 1) if places else (0, 0)
+            spans.append((first, last))
+            # The box ends with the last place that is taken, so that going backwards begins there.
+            within.append(slice(None, None, places.step))
+        else:
+            try:
+                spans.append((range(extent)[int(part)], range(extent)[int(part)] + 1))
+            except (TypeError, ValueError):
+                raise IndexError(f"{part!r} is neither a slice nor a place") from None
+            within.append(0)
+    return Box(triple(a for a, _ in spans), triple(b for _, b in spans)), tuple(within)
