@@ -12,7 +12,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml deploy/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable ".[test,dev,bench,sources]"
+	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable ".[test,dev,bench,sources,serve]"
 	touch $@
 
 demo: install

@@ -441,6 +441,33 @@ def decompress(
 
 
 @app.command()
+def serve(
+    archive: Archive,
+    source: Annotated[str | None, typer.Option(help="Show this source beside it.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    cache: Annotated[
+        str | None, typer.Option(help="What chunks that are kept may take; 512MiB by default.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Chunks decoded at once; a core each.")] = None,
+    waiting: Annotated[
+        int | None, typer.Option(min=0, help="Chunks that may wait, beyond them 503; 256 by default.")
+    ] = None,
+    endpoint_url: Endpoint = None,
+    array: ArrayName = None,
+    select: Select = None,
+) -> None:
+    """Serve an archive over HTTP: zarr v3, neuroglancer precomputed, a viewer, metrics."""
+    from ucray.cluster import jobs
+    from ucray.serve import gateway, start
+
+    limits = jobs.checked(gateway.Limits, {"cache": cache, "threads": threads, "waiting": waiting})
+    volume = None if source is None else jobs.Connection(endpoint_url, array, select).open(source)
+    Console(stderr=True).print(f"http://{host}:{port}/", highlight=False)
+    start.serve(archive, volume, host=host, port=port, limits=limits, endpoint_url=endpoint_url)
+
+
+@app.command()
 def verify(
     archive: Archive,
     source: Annotated[str | None, typer.Option(help="Compare every voxel with this source.")] = None,

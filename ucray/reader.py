@@ -159,7 +159,7 @@ class Reader:
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.shape))
-        return f"<ucray archive {self.url}: {size} {self.dtype}, {', '.join(self._target)}>"
+        return f"<ucray archive {self.url}: {size} {self.dtype}, {self.target}>"
 
     def _repr_html_(self) -> str:
         """A table of figures and a slice through the middle, in the colours of the notebook."""
@@ -170,7 +170,7 @@ class Reader:
             "voxels": str(self.dtype),
             "voxel size": " x ".join(f"{edge:g}" for edge in edges) + (f" {unit}" if unit else ""),
             "before compression": f"{self.array.nbytes / 1e6:,.1f} MB",
-            "asked for": ", ".join(self._target),
+            "asked for": self.target,
             "levels": ", ".join("x".join(map(str, factors)) for factors in self.levels),
             "chunk, shard": " and ".join("x".join(map(str, settings[name])) for name in ("chunk", "shard")),
             "source": f"{settings['source']} {settings['source_array']}".strip(),
@@ -187,8 +187,10 @@ class Reader:
         )
 
     @property
-    def _target(self) -> list[str]:
-        return [f"{name.replace('_', ' ')} {value:g}" for name, value in self.settings["target"].items()]
+    def target(self) -> str:
+        """What the archive was asked to meet."""
+        asked = self.settings["target"].items()
+        return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asked)
 
     def _thumbnail(self) -> str:
         """The middle of the middle slice as an <img>; nothing where pillow is not installed."""
