@@ -16,6 +16,9 @@ from ucray.storage.volume import Volume
 CONNECTIONS = 1000
 """Connections at once; more are answered 503."""
 
+KEPT_OPEN = 75
+"""Seconds that an idle connection is kept: someone who looks at a picture asks again."""
+
 
 def application(archive: str, source: Volume | None, limits: Limits, endpoint_url: str | None) -> Any:
     """The gateway's application for an archive, and its source beside it.
@@ -48,7 +51,14 @@ def serve(
 ) -> None:
     """Serve an archive over HTTP until the process is told to stop."""
     app = application(archive, source, limits or Limits(), endpoint_url)
-    uvicorn.run(app, host=host, port=port, limit_concurrency=CONNECTIONS, log_level="warning")
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=KEPT_OPEN,
+        log_level="warning",
+    )
 
 
 def _figures(reader: Reader) -> dict[str, str]:
