@@ -30,6 +30,7 @@ FLOORS = {
     "ucray.bench": (3, 0),
     "ucray.storage": (4, 0),
     "ucray.reader": (4, 1),
+    "ucray.report": (5, 0),
     "ucray.cluster": (5, 0),
     "ucray.serve": (5, 0),
     "ucray.arguments": (6, 0),

@@ -468,6 +468,25 @@ def serve(
 
 
 @app.command()
+def report(
+    archive: Archive,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="File of the report.")],
+    source: Annotated[str | None, typer.Option(help="Show this source beside what is decoded.")] = None,
+    endpoint_url: Endpoint = None,
+    array: ArrayName = None,
+    select: Select = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML file: figures, where the bits are, the worst chunks, how it was made."""
+    from ucray.cluster.jobs import Connection
+    from ucray.report import write_report
+
+    volume = None if source is None else Connection(endpoint_url, array, select).open(source)
+    place = write_report(archive, output, volume, endpoint_url)
+    show({"report": str(place), "bytes": place.stat().st_size}, as_json=as_json)
+
+
+@app.command()
 def verify(
     archive: Archive,
     source: Annotated[str | None, typer.Option(help="Compare every voxel with this source.")] = None,
