@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,6 +160,32 @@ def test_reading_takes_nothing_that_makes_archives(archive: str, read: str) -> N
     blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in BLOCKED)
     code = f"import sys\n{blocked}\nurl = {archive!r}\n{read}\nassert found.std() > 0"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("device", "told"), [("cpu", None), ("auto", None), ("tpu", "UCRAY_DEVICE=tpu")])
+def test_the_device_of_a_reader_is_asked_for(
+    archive: str, voxels: Any, monkeypatch: pytest.MonkeyPatch, device: str, told: str | None
+) -> None:
+    monkeypatch.setenv("UCRAY_DEVICE", device)
+    if told is None:
+        np.testing.assert_array_equal(ucray.open(archive)[:16, :16, :16], voxels[:16, :16, :16])
+        return
+    with pytest.raises(SettingsError, match=told):
+        ucray.open(archive)[:16, :16, :16]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_missed_by_name(archive: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCRAY_DEVICE", "cuda")
+    with pytest.raises(SettingsError, match="no such device here"):
+        ucray.open(archive)[:16, :16, :16]
+
+
+def test_an_archive_says_who_made_it(archive: str) -> None:
+    told: Any = ucray.open(archive).group.attrs.asdict()["provenance"]
+    assert told["versions"]["ucray"] == ucray.__version__
+    assert told["versions"]["zarr"] == zarr.__version__
+    assert told["command"]
 
 
 def test_threads_read_the_same(archive: str, voxels: Any) -> None:

@@ -66,6 +66,8 @@ def test_the_figures_are_those_of_the_archive(folder: Path, page: str) -> None:
     assert rows["chunk"] == "16x16x16"
     assert rows["weights digest"] == found["weights_digest"]
     assert rows["source"].endswith("em.zarr")
+    assert f"ucray {ucray.__version__}, torch " in rows["versions"]
+    assert "command" in rows
 
 
 def test_the_page_needs_no_other_file(page: str) -> None:

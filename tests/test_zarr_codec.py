@@ -365,9 +365,9 @@ def test_networks_are_built_once_for_all_chunks(
     write_volume(tmp_path, tiny_weights, chunk, voxels_of(chunk, SHAPE, 42), shards)
     built = []
 
-    def build(weights: Weights, bound: ChunkFormat) -> ChunkDecoder:
+    def build(weights: Weights, bound: ChunkFormat, *, device: str) -> ChunkDecoder:
         built.append(bound)
-        return ChunkDecoder(weights, bound)
+        return ChunkDecoder(weights, bound, device=device)
 
     monkeypatch.setattr(zarr_codec, "ChunkDecoder", build)
     array = read_volume(tmp_path)

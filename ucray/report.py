@@ -91,7 +91,7 @@ def write_report(
         maps=_maps(survey),
         histogram=_histogram(survey.psnr),
         worst=_worst(survey, reader, source, region),
-        settings=_rows(_settings(archive)),
+        settings=_rows(_settings(archive) | _provenance(reader)),
         version=html.escape(version("ucray")),
     )
     place = Path(destination)
@@ -155,6 +155,13 @@ def _settings(archive: Archive) -> dict[str, str]:
     described["target"] = ", ".join(f"{name} {value:g}" for name, value in settings.target.items())
     described |= {name: "x".join(map(str, described[name])) for name in ("shape", "chunk", "shard")}
     return {n.replace("_", " "): str(value) for n, value in described.items() if value not in ("", None, [])}
+
+
+def _provenance(reader: Reader) -> dict[str, str]:
+    told: Any = reader.group.attrs.asdict().get("provenance", {})
+    versions = told.get("versions", {})
+    found = {name: str(told[name]) for name in ("command", "begun") if name in told}
+    return found | ({"versions": ", ".join(f"{n} {v}" for n, v in versions.items())} if versions else {})
 
 
 def _rows(values: dict[str, str]) -> str:

@@ -10,17 +10,19 @@ import asyncio
 import base64
 import binascii
 import math
+import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 from numcodecs import zstd
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.common import parse_named_configuration
 
 from ucray.codec.chunk import DTYPES, ChunkFormat
-from ucray.codec.decoder import ChunkDecoder
+from ucray.codec.decoder import ChunkDecoder, device_for
 from ucray.codec.fill import unpack_exactly
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES
@@ -38,6 +40,8 @@ VERSION = 1
 
 WEIGHTS_LEVEL = 19
 """zstd level of the weights in the metadata."""
+
+DEVICE_VARIABLE = "UCRAY_DEVICE"
 
 LARGEST_WEIGHTS = 1 << 28
 """Bytes of weights that are unpacked at most."""
@@ -158,7 +162,7 @@ class UcrayCodec(ArrayBytesCodec):
     @cached_property
     def decoder(self) -> ChunkDecoder:
         """The decoder of the bound array."""
-        return ChunkDecoder(self.weights, self.bound)
+        return ChunkDecoder(self.weights, self.bound, device=_device())
 
     @cached_property
     def encoder(self) -> ChunkEncoder:
@@ -182,6 +186,15 @@ class UcrayCodec(ArrayBytesCodec):
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
         """Refused: the size of a coded chunk depends on its voxels."""
         raise NotImplementedError("the size of a chunk coded by ucray depends on its voxels")
+
+
+def _device() -> str:
+    """Where a reader decodes: the processor, unless UCRAY_DEVICE says cuda or auto."""
+    asked = os.environ.get(DEVICE_VARIABLE, "cpu")
+    device = device_for(asked)
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise SettingsError(f"{DEVICE_VARIABLE}={asked}: no such device here; cpu, cuda and auto are known")
+    return device
 
 
 def _unpacked(packed: Any, size: int) -> bytes:

@@ -14,6 +14,7 @@ from ucray.cluster.boxes import write_boxes
 from ucray.cluster.memory import peak_memory
 from ucray.cluster.pipeline import Outcome, RunOptions, on_ray, serially
 from ucray.cluster.plan import CompressPlan
+from ucray.cluster.provenance import provenance
 from ucray.cluster.rate import measure_volume
 from ucray.cluster.telemetry import Event, Listener, Telemetry
 from ucray.cluster.worker import WriteJob
@@ -115,7 +116,8 @@ def prepare(
         )
     # Also where the archive was found: a run that died in between left the array's metadata unwritten.
     name = volume.url.rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr")
-    return create_archive(objects, settings, weights, volume.space.within(plan.region.start), name)
+    space = volume.space.within(plan.region.start)
+    return create_archive(objects, settings, weights, space, name, provenance())
 
 
 def check_empty(objects: Objects) -> None:

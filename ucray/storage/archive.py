@@ -2,7 +2,7 @@
 
 ::
 
-    zarr.json                     group: OME-Zarr metadata; "ucray": settings and fingerprint
+    zarr.json                     group: OME-Zarr metadata; "ucray": settings and fingerprint; "provenance"
     0/zarr.json                   array: sharding_indexed around the codec ucray, weights inside
     0/c/Z/Y/X                     shards
     1/zarr.json, 2/zarr.json, ... coarser levels, which have no chunks: averaged from 0 when read
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
@@ -216,7 +216,12 @@ def find_archive(objects: Objects) -> Archive | None:
 
 
 def create_archive(
-    objects: Objects, settings: ArchiveSettings, weights: Weights, space: Space, name: str
+    objects: Objects,
+    settings: ArchiveSettings,
+    weights: Weights,
+    space: Space,
+    name: str,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Archive:
     """Write the metadata of a new archive, or open one of the same fingerprint that exists.
 
@@ -225,6 +230,8 @@ def create_archive(
     """
     group = {"zarr_format": 3, "node_type": "group"}
     attributes = space.to_ome(name, settings.levels) | {"ucray": settings.model_dump(mode="json")}
+    if provenance is not None:
+        attributes["provenance"] = dict(provenance)
     objects.put_new(GROUP_KEY, _json(group | {"attributes": attributes}))
     archive = find_archive(objects)
     if archive is None:
