@@ -185,7 +185,9 @@ def test_an_archive_says_who_made_it(archive: str) -> None:
     told: Any = ucray.open(archive).group.attrs.asdict()["provenance"]
     assert told["versions"]["ucray"] == ucray.__version__
     assert told["versions"]["zarr"] == zarr.__version__
-    assert told["command"]
+    source = archive.replace("em.ucray", "em<b>.zarr")
+    command = f"ucray compress '{source}' --psnr 20 --roi 0:40,0:50,0:70"
+    assert told["command"] == f"{command} --chunk 16,16,16 --shard 32,32,32 --levels 1"
 
 
 def test_threads_read_the_same(archive: str, voxels: Any) -> None:

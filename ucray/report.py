@@ -160,7 +160,7 @@ def _settings(archive: Archive) -> dict[str, str]:
 def _provenance(reader: Reader) -> dict[str, str]:
     told: Any = reader.group.attrs.asdict().get("provenance", {})
     versions = told.get("versions", {})
-    found = {name: str(told[name]) for name in ("command", "begun") if name in told}
+    found = {"command": str(told["command"])} if "command" in told else {}
     return found | ({"versions": ", ".join(f"{n} {v}" for n, v in versions.items())} if versions else {})
 
 

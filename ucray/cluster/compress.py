@@ -117,7 +117,7 @@ def prepare(
     # Also where the archive was found: a run that died in between left the array's metadata unwritten.
     name = volume.url.rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr")
     space = volume.space.within(plan.region.start)
-    return create_archive(objects, settings, weights, space, name, provenance())
+    return create_archive(objects, settings, weights, space, name, provenance(plan))
 
 
 def check_empty(objects: Objects) -> None:

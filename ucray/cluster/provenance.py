@@ -1,22 +1,38 @@
-"""Where an archive comes from: the command and the versions that made it."""
+"""Where an archive comes from: a command that makes it again, and the versions that made it.
+
+Nothing of when and how a job was started is in it: the same job leaves the same bytes.
+"""
 
 from __future__ import annotations
 
 import platform
 import shlex
-import sys
-from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from ucray.cluster.plan import CompressPlan
+from ucray.grid import format_shape
 
 LIBRARIES = ("ucray", "torch", "numpy", "zarr", "constriction", "ray")
 
 
-def provenance() -> dict[str, Any]:
-    """Command line, time (UTC) and versions of the process that begins an archive."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-    }
+def provenance(plan: CompressPlan) -> dict[str, Any]:
+    """The command of a planned job, without its weights and its destination, and the versions here."""
+    volume = plan.volume
+    command = ["ucray", "compress", volume.url]
+    for name, value in plan.target.describe().items():
+        command += [f"--{name.replace('_', '-')}", f"{value:g}"]
+    if volume.path:
+        command += ["--array", volume.path]
+    if volume.select:
+        command += ["--select", ",".join(f"{axis}={place}" for axis, place in volume.select)]
+    command += ["--roi", str(plan.region)]
+    command += ["--chunk", format_shape(plan.grid.chunk), "--shard", format_shape(plan.grid.shard)]
+    if plan.levels:
+        command += ["--levels", str(len(plan.levels))]
+    if np.isnan(volume.fill_value) and not np.issubdtype(np.dtype(volume.dtype), np.floating):
+        command.append("--no-exact-fill")
+    versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+    return {"command": shlex.join(command), "versions": versions}
