@@ -1,4 +1,4 @@
-"""Random cut-outs of an archive, as tracing neurons asks for them: how many a second, in threads and processes.
+"""Random cut-outs of an archive, as tracing neurons asks for them: how many a second, in how many workers.
 
 python examples/random_reads.py em.ucray --count 200
 """
