@@ -34,8 +34,11 @@ RATIO_TOLERANCE = 1.03
 LARGE_MASKS = 0.25
 """Share of an archive's bytes from which the masks of fill voxels are worth a word."""
 
-ARCHIVE_OVERHEAD = 1600
-"""Bytes of the metadata of group and array but for the weights."""
+ARCHIVE_OVERHEAD = 2000
+"""Bytes of the metadata of group and array but for the weights and twice the source's name."""
+
+LEVEL_OVERHEAD = 600
+"""Bytes of the metadata of a coarser level."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
         listener(Event("measure", len(boxes) + number + 1, 2 * len(boxes)))
     share = plan.region.voxels / sum(box.voxels for box in boxes)
 
-    overhead = plan.chunk_count * CHUNK_OVERHEAD + plan.shard_count * SHARD_OVERHEAD + ARCHIVE_OVERHEAD
+    overhead = plan.chunk_count * CHUNK_OVERHEAD + plan.shard_count * SHARD_OVERHEAD
+    overhead += ARCHIVE_OVERHEAD + 2 * len(volume.url) + len(plan.levels) * LEVEL_OVERHEAD
 
     def archive_bytes(quality: int) -> float:
         """Projected bytes of the whole archive, without weights."""
