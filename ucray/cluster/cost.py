@@ -72,7 +72,7 @@ def cheapest(ways: Sequence[Way], months: float) -> Way:
     return min(ways, key=lambda one: one.total(months))
 
 
-METADATA_READS = 12
+METADATA_READS = 9
 """GET requests that find and open source and archive."""
 
 

@@ -88,7 +88,8 @@ class Projection:
         """PUT and GET requests of the job."""
         left = self.plan.shard_count - self.present
         measuring = 0 if self.present else _measuring_reads(self.plan)
-        return requests(left, _shard_reads(self.plan) * self.share + measuring)
+        puts, gets = requests(left, _shard_reads(self.plan) * self.share + measuring)
+        return puts + len(self.plan.levels), gets
 
     def describe(self) -> dict[str, Any]:
         """Plan and projection as plain values, for people and scripts."""
