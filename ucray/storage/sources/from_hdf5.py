@@ -7,8 +7,8 @@ from typing import Any
 
 from ucray.errors import SourceError
 from ucray.storage.objects import local_path, open_file, translated
-from ucray.storage.sources.opened import Opened, required, the_one
-from ucray.storage.space import attribute_space, axis_names
+from ucray.storage.sources.opened import Opened, axes_of, required, the_one
+from ucray.storage.space import attribute_space
 
 SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 
@@ -41,9 +41,7 @@ def open_hdf5(url: str, array: str | None, endpoint_url: str | None) -> Opened:
     node = file.get(array)
     if not isinstance(node, h5py.Dataset):
         raise SourceError(f"{url} holds no array {array!r}")
-    axes = axis_names([dimension.label for dimension in node.dims], node.ndim)
-    if axes is None:
-        raise SourceError(f"{url} has {node.ndim} axes; a volume of three, (z, y, x), is wanted")
+    axes = axes_of(url, [dimension.label for dimension in node.dims], node.ndim)
     attributes = {name: _plain(value) for name, value in node.attrs.items()}
     described = [array, node.shape, node.dtype.str, node.chunks, attributes, file.id.get_filesize()]
     return Opened(

@@ -18,8 +18,8 @@ import zarr
 
 from ucray.errors import SourceError, UcrayError
 from ucray.storage.objects import open_file, translated
-from ucray.storage.sources.opened import Opened, Selection, required
-from ucray.storage.space import SPATIAL, UNITS, Space, axis_names
+from ucray.storage.sources.opened import Opened, Selection, axes_of, required
+from ucray.storage.space import SPATIAL, UNITS, Space
 
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
 
@@ -64,9 +64,7 @@ def open_tiff(url: str, array: str | None, endpoint_url: str | None) -> Opened:
         source.close()
         raise SourceError(f"{url} is no readable TIFF: {' '.join(str(error).split())}") from None
     letters = [_SECTIONS.get(axis, axis) for axis in series.axes.lower()]
-    axes = axis_names(letters, len(letters))
-    if axes is None:
-        raise SourceError(f"{url} has {len(letters)} axes; a volume of three, (z, y, x), is wanted")
+    axes = axes_of(url, letters, len(letters))
     return Opened(
         voxels=voxels,
         path=array or "",

@@ -13,11 +13,10 @@ from zarr.storage import StorePath
 
 from ucray.errors import SourceError, StorageError
 from ucray.storage.objects import open_store, translated
-from ucray.storage.sources.opened import Opened, the_one
+from ucray.storage.sources.opened import Opened, axes_of, the_one
 from ucray.storage.space import (
     Space,
     attribute_space,
-    axis_names,
     multiscale_axes,
     multiscale_of,
     multiscale_space,
@@ -62,9 +61,7 @@ def open_zarr(node: ZarrNode, url: str, array: str | None, endpoint_url: str | N
     else:
         opened = node
     names: Any = multiscale_axes(multiscale) or getattr(opened.metadata, "dimension_names", None)
-    axes = axis_names(names or cast(Any, opened.attrs.get("_ARRAY_DIMENSIONS")), opened.ndim)
-    if axes is None:
-        raise SourceError(f"{url} has {opened.ndim} axes; a volume of three, (z, y, x), is wanted")
+    axes = axes_of(url, names or cast(Any, opened.attrs.get("_ARRAY_DIMENSIONS")), opened.ndim)
     space = multiscale_space(multiscale, path, axes)
     if space == Space():
         space = attribute_space(opened.attrs.asdict(), axes)

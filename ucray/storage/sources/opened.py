@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ucray.errors import SourceError
-from ucray.storage.space import Space
+from ucray.storage.space import Space, axis_names
 
 Selection = tuple[slice | int, ...]
 
@@ -60,6 +60,14 @@ def required(module: str, url: str) -> Any:
         return import_module(module)
     except ImportError:
         raise SourceError(f"reading {url} takes {module}; pip install 'ucray[sources]'") from None
+
+
+def axes_of(url: str, names: Sequence[Any] | None, count: int) -> tuple[str, ...]:
+    """Letters of an array's axes; raises SourceError where nothing says which of them are z, y and x."""
+    axes = axis_names(names, count)
+    if axes is None:
+        raise SourceError(f"{url} has {count} axes; a volume of three, (z, y, x), is wanted")
+    return axes
 
 
 def the_one(url: str, names: Sequence[str]) -> str:
