@@ -17,7 +17,7 @@ from object_store import ObjectStore
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.linear import start_linear
-from ucray.codec.network import Analysis, Synthesis
+from ucray.codec.network import Analysis, Synthesis, synthesis_of
 from ucray.codec.weights import Weights
 from ucray.config import AnalysisConfig, CodecConfig, SynthesisConfig
 from ucray.grid import Shape3, triple
@@ -123,10 +123,10 @@ def build_weights(config: CodecConfig, seed: int) -> Weights:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         coder = Coder(config)
-        assert config.student is not None
-        teacher, student = Synthesis(config, config.teacher), Synthesis(config, config.student)
+        teacher, student = synthesis_of(config, "teacher"), synthesis_of(config, "student")
         assert isinstance(coder.analysis, Analysis)
         for synthesis in (teacher, student):
+            assert isinstance(synthesis, Synthesis)
             start_linear(coder.analysis, synthesis, tiles)
             # Corrections start at zero; a test could not see whether they are computed at all.
             for layer in (synthesis.correct, synthesis.inr.value):

@@ -16,13 +16,13 @@ from ucray.codec.bitstream import HEADER, Kind, NeuralBody, read_chunk
 from ucray.codec.chunk import DTYPES, ChunkFormat, normalisation
 from ucray.codec.decoder import ChunkDecoder, device_for
 from ucray.codec.encoder import RAW_LEVEL, ChunkEncoder, pack
-from ucray.codec.network import Synthesis, stored_synthesis
+from ucray.codec.network import stored_synthesis
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES
 from ucray.errors import ChunkError, DtypeError, SettingsError, WeightsError
 from ucray.grid import Shape3
 from ucray.quality import ErrorSum
-from ucray.training.calibrate import load_weights
+from ucray.training.calibrate import load_coder
 from ucray.training.loss import Coder, frozen_stream
 
 Voxels = npt.NDArray[np.generic]
@@ -71,18 +71,15 @@ def test_decoding_is_what_training_saw(
     part: str, tiny_weights: Weights, chunk_format: Formats, smooth_volume: SmoothVolume
 ) -> None:
     """The frozen stream of stage 2, in floats, against bytes, integer tables and stored networks."""
-    config = tiny_weights.config
-    coder = Coder(config)
-    teacher, student = Synthesis(config, config.teacher), stored_synthesis(tiny_weights, "student")
-    load_weights(tiny_weights, coder, teacher)
+    coder = Coder(tiny_weights.config)
+    load_coder(tiny_weights, coder)
     values = smooth_volume(FULL, 10)
     # Between the trained points of the quality gain, training does not round it to whole units.
     quality = QUALITIES - 1
     with torch.no_grad():
         asked = torch.tensor([float(quality)])
         stream = frozen_stream(coder, torch.from_numpy(values)[None, None], asked)
-        synthesis = teacher if part == "teacher" else student
-        expected = synthesis(stream.y_hat, stream.prior, asked)[0, 0].numpy()
+        expected = stored_synthesis(tiny_weights, part)(stream.y_hat, stream.prior, asked)[0, 0].numpy()
 
     chunk = replace(chunk_format("float32"), offset=0.0, scale=1.0)
     data = encoder_of(tiny_weights, chunk).encode(values, quality).data

@@ -154,5 +154,7 @@ def test_levels_follow_the_voxels(voxel: tuple[float, float, float], stride: Sha
     assert large.analysis is not None
     assert config.analysis is not None
     assert large.analysis.latent_width > config.analysis.latent_width
+    assert large.teacher is not None
+    assert config.teacher is not None
     assert large.teacher.latent_width > config.teacher.latent_width
     assert msgspec.structs.replace(large, analysis=config.analysis, teacher=config.teacher) == config

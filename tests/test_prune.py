@@ -10,12 +10,12 @@ import torch
 from conftest import smooth_volume_of
 from torch import Tensor
 
-from ucray.codec.network import Synthesis
+from ucray.codec.network import Synthesis, stored_synthesis, synthesis_of
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES, CodecConfig
-from ucray.training.calibrate import load_weights, to_weights
+from ucray.training.calibrate import load_coder, to_weights
 from ucray.training.loss import Coder, frozen_stream
-from ucray.training.prune import Networks, prune, with_linear_analysis, with_linear_student
+from ucray.training.prune import Networks, prune, with_linear_analysis, without
 
 CHUNK = (32, 32, 32)
 
@@ -34,13 +34,10 @@ def batches() -> list[Tensor]:
 @pytest.fixture
 def networks(tiny_config: CodecConfig, tiny_weights: Weights) -> Networks:
     """Networks of the tiny weights; their corrections, which are noise, are taken away."""
-    assert tiny_config.student is not None
     coder = Coder(tiny_config)
-    teacher, student = (
-        Synthesis(tiny_config, tiny_config.teacher),
-        Synthesis(tiny_config, tiny_config.student),
-    )
-    load_weights(tiny_weights, coder, teacher)
+    load_coder(tiny_weights, coder)
+    teacher, student = stored_synthesis(tiny_weights, "teacher"), synthesis_of(tiny_config, "student")
+    assert isinstance(student, Synthesis)
     student.lapped.load_state_dict(teacher.lapped.state_dict())
     student.linear.load_state_dict(teacher.linear.state_dict())
     with torch.no_grad():
@@ -74,7 +71,7 @@ def test_a_student_whose_networks_are_needed_keeps_them(networks: Networks, batc
         offset = student.wavelet.inverse(subbands.expand(-1, -1, 2, 2, 2).contiguous()).flatten()
         # What each latent gives, column by column, and the latents that give nearest to the opposite.
         units = torch.eye(networks.config.latents)[:, :, None, None, None]
-        cells = student.unfiltered(units, torch.zeros(len(units))).flatten(1)
+        cells = student.unlapped(units, torch.zeros(len(units))).flatten(1)
         student.rescaled.shift.add_(torch.linalg.lstsq(cells.T, -offset[:, None]).solution[:, 0])
     made = prune(networks, batches)
     assert made.config.student == networks.config.student
@@ -86,7 +83,7 @@ def test_a_linear_student_decodes_as_one_whose_networks_say_nothing(
 ) -> None:
     quality = torch.tensor([30.0, 200.0])
     stream = frozen_stream(networks.coder, batches[0], quality)
-    linear = with_linear_student(networks).student
+    linear = without(networks, "student", "student").student
     with torch.no_grad():
         expected = networks.student(stream.y_hat, stream.prior, quality)
         torch.testing.assert_close(linear(stream.y_hat, stream.prior, quality), expected)
@@ -97,7 +94,7 @@ def test_codes_that_are_always_the_same_become_biases(
     networks: Networks, batches: list[Tensor], student: bool
 ) -> None:
     """With the same latents and the codes written everywhere, both decoders and the context model agree."""
-    found = networks if student else with_linear_student(networks)
+    found = networks if student else without(networks, "student", "student")
     codes = torch.tensor([3, 7])
     always = copy.deepcopy(found.coder)
     always.codebook.entries.fill_(1e6)

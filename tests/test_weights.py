@@ -17,14 +17,14 @@ from safetensors.numpy import save
 
 from ucray.codec.context import FEATURE_UNITS, TABLES
 from ucray.codec.entropy import TOTAL
-from ucray.codec.network import Synthesis, analysis_of, load_network, stored_synthesis, synthesis_of
+from ucray.codec.network import analysis_of, load_network, stored_synthesis, synthesis_of
 from ucray.codec.stream import StreamModel
 from ucray.codec.wavelet import WaveletPacket
 from ucray.codec.weights import FORMAT, SCALE, Array, Weights, stream_tensors
 from ucray.config import CodecConfig
 from ucray.errors import SettingsError, WeightsError
 from ucray.grid import Shape3, triple
-from ucray.training.calibrate import freeze, load_weights
+from ucray.training.calibrate import freeze, load_coder
 from ucray.training.loss import Coder
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -41,7 +41,7 @@ def with_tensors(weights: Weights, **changes: npt.NDArray[np.generic] | None) ->
     return Weights(weights.config, tensors, weights.training)
 
 
-def rewritten(weights: Weights, header: object, key: str = FORMAT) -> bytes:
+def rewritten(weights: Weights, header: object, key: str = f"{FORMAT}-1") -> bytes:
     """The tensors of `weights` in a file with another header."""
     return bytes(save(dict(weights.tensors), metadata={key: json.dumps(header)}))
 
@@ -311,7 +311,7 @@ def test_a_misshapen_reference_is_refused(
 
 
 def test_networks_are_loaded_as_stored(tiny_weights: Weights) -> None:
-    student = synthesis_of(tiny_weights.config, tiny_weights.config.student)
+    student = synthesis_of(tiny_weights.config, "student")
     load_network(tiny_weights, "student", student)
     state = student.state_dict()
     stored = tiny_weights.part("student")
@@ -368,7 +368,7 @@ def test_more_latents_than_a_cell_can_hold_are_refused(tiny_weights: Weights) ->
 def test_metadata_that_lead_a_parser_astray_are_refused(tiny_weights: Weights) -> None:
     nested = "[" * 100_000
     for text in (nested, '{"config": ' + nested):
-        data = bytes(save(dict(tiny_weights.tensors), metadata={FORMAT: text}))
+        data = bytes(save(dict(tiny_weights.tensors), metadata={f"{FORMAT}-1": text}))
         with pytest.raises(WeightsError, match="does not parse"):
             Weights.from_bytes(data)
     none = b'{"__metadata__":null}'
@@ -384,7 +384,7 @@ def test_a_scale_that_does_not_fit_is_refused(tiny_weights: Weights, scale: Arra
         tensors[name] = scale
     damaged = Weights(tiny_weights.config, tensors)
     with pytest.raises(WeightsError, match="scale"):
-        load_network(damaged, "student", synthesis_of(damaged.config, damaged.config.student))
+        load_network(damaged, "student", synthesis_of(damaged.config, "student"))
 
 
 def test_decoder_weights_cannot_load_an_analysis(tiny_weights: Weights) -> None:
@@ -394,14 +394,14 @@ def test_decoder_weights_cannot_load_an_analysis(tiny_weights: Weights) -> None:
 
 def test_a_network_of_another_shape_is_refused(tiny_weights: Weights) -> None:
     with pytest.raises(WeightsError, match="student"):
-        load_network(tiny_weights, "student", Synthesis(tiny_weights.config, tiny_weights.config.teacher))
+        load_network(tiny_weights, "student", synthesis_of(tiny_weights.config, "teacher"))
 
 
 def test_frozen_networks_are_those_of_the_file(tiny_weights: Weights) -> None:
     """Stage 2 distils against the frozen stream; it must be the one that decoders will see."""
     config: CodecConfig = tiny_weights.config
     coder = Coder(config)
-    load_weights(tiny_weights, coder, Synthesis(config, config.teacher))
+    load_coder(tiny_weights, coder)
     with torch.no_grad():
         for tensor in (*coder.analysis.parameters(), *coder.analysis.buffers(), coder.codebook.entries):
             tensor.add_(1e-5 * torch.ones_like(tensor))
@@ -418,7 +418,7 @@ def test_training_goes_on_from_the_stored_tables(tiny_weights: Weights) -> None:
     """Loaded into the trainable prior and rounded again, every table is what it was."""
     config = tiny_weights.config
     coder = Coder(config)
-    load_weights(tiny_weights, coder, Synthesis(config, config.teacher))
+    load_coder(tiny_weights, coder)
     context = coder.prior.to_integers(coder.codebook.entries)
     again = stream_tensors(StreamModel(context, tiny_weights.stream.frequencies))
     for name, array in tiny_weights.part("stream", keep_prefix=True).items():

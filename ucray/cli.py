@@ -109,6 +109,12 @@ def train(
             "width of the INR, as 32,1,16,1,4. Another size than that of --init starts it anew."
         ),
     ] = None,
+    student_filter: Annotated[
+        str | None, typer.Option(help="Size of the student's post-filter: width and layers, as 16,3.")
+    ] = None,
+    teacher_filter: Annotated[
+        str | None, typer.Option(help="Size of the teacher's post-filter, as 32,6.")
+    ] = None,
     workers: Workers = 1,
     worker_cpus: WorkerCpus = None,
     gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
@@ -124,7 +130,7 @@ def train(
 ) -> None:
     """Train a teacher and distil a student on samples of a volume."""
     from ucray.cluster import jobs
-    from ucray.config import SynthesisConfig
+    from ucray.config import DecoderSizes, FilterConfig, SynthesisConfig
 
     settings = jobs.training_from(
         teacher_steps=train_steps,
@@ -143,7 +149,11 @@ def train(
             exact_fill=exact_fill,
             init=init,
             large=large,
-            student=None if student is None else SynthesisConfig.parse(student),
+            sizes=DecoderSizes(
+                None if student is None else SynthesisConfig.parse(student),
+                None if student_filter is None else FilterConfig.parse(student_filter),
+                None if teacher_filter is None else FilterConfig.parse(teacher_filter),
+            ),
             workers=workers,
             worker_cpus=worker_cpus,
             use_gpu=gpu,

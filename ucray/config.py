@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ Width = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 Depth = Annotated[int, msgspec.Meta(ge=0, le=64)]
 Step = Annotated[int, msgspec.Meta(ge=1, le=8)]
 Level = Annotated[int, msgspec.Meta(ge=0, le=4)]
+Sizes = TypeVar("Sizes", bound=msgspec.Struct)
 
 
 class AnalysisConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,16 +41,32 @@ class SynthesisConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def parse(cls, text: str) -> SynthesisConfig:
         """From its numbers in their order, as "32,1,16,1,4"; raises SettingsError where they are others."""
-        names = cls.__struct_fields__
-        parts = text.split(",")
-        try:
-            if len(parts) != len(names):
-                raise ValueError
-            numbers = dict(zip(names, map(int, parts), strict=True))
-            return msgspec.convert(numbers, cls)
-        except (ValueError, msgspec.ValidationError):
-            wanted = ", ".join(name.replace("_", " ") for name in names)
-            raise SettingsError(f"{text!r} does not size a synthesis network; give {wanted}") from None
+        return _numbers(cls, text, "a synthesis network")
+
+
+class FilterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Width (channels) and layers of a post-filter."""
+
+    width: Width
+    layers: Depth
+
+    @classmethod
+    def parse(cls, text: str) -> FilterConfig:
+        """From its numbers in their order, as "16,3"; raises SettingsError where they are others."""
+        return _numbers(cls, text, "a post-filter")
+
+
+def _numbers(cls: type[Sizes], text: str, what: str) -> Sizes:
+    names = cls.__struct_fields__
+    parts = text.split(",")
+    try:
+        if len(parts) != len(names):
+            raise ValueError
+        numbers = dict(zip(names, map(int, parts), strict=True))
+        return msgspec.convert(numbers, cls)
+    except (ValueError, msgspec.ValidationError):
+        wanted = ", ".join(name.replace("_", " ") for name in names)
+        raise SettingsError(f"{text!r} does not size {what}; give {wanted}") from None
 
 
 class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,8 +77,9 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `groups` of channels, each in the context of those before it; the first `checkered` groups are
     coded in two halves, as the squares of a checkerboard, the second in the context of the first.
 
-    Without sizes the analysis, or the student, is its linear part alone. A linear analysis computes no codes:
-    `code_stages` and `code_width` are zero with it, and with it alone.
+    Without sizes the analysis, the teacher or the student is its linear part alone; without sizes of a
+    filter a decoder has none. A linear analysis computes no codes: `code_stages` and `code_width` are zero
+    with it, and with it alone.
     """
 
     wavelet: str = "haar"
@@ -75,12 +93,14 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     code_stages: Annotated[int, msgspec.Meta(ge=0, le=8)] = 2
     codes: Annotated[int, msgspec.Meta(ge=2, le=256)] = 64
     analysis: AnalysisConfig | None = AnalysisConfig()
-    teacher: SynthesisConfig = SynthesisConfig(
+    teacher: SynthesisConfig | None = SynthesisConfig(
         latent_width=96, latent_blocks=3, grid_width=32, grid_blocks=2, inr_width=8
     )
     student: SynthesisConfig | None = SynthesisConfig(
         latent_width=32, latent_blocks=1, grid_width=16, grid_blocks=1, inr_width=4
     )
+    teacher_filter: FilterConfig | None = None
+    student_filter: FilterConfig | None = None
 
     def __post_init__(self) -> None:
         linear = self.analysis is None
@@ -93,9 +113,20 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.convert(found, cls)
 
     def to_json(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """What JSON can hold; digests are taken of it.
+
+        Version 1 knew no post-filters: without any, it is what it was.
+        """
         plain: dict[str, Any] = msgspec.to_builtins(self)
+        if self.version == 1:
+            del plain["teacher_filter"], plain["student_filter"]
         return plain
+
+    @property
+    def version(self) -> int:
+        """Version of the weights' format: the first that knows all of this."""
+        filtered = self.teacher_filter is not None or self.student_filter is not None
+        return 2 if filtered or self.teacher is None else 1
 
     @property
     def latents(self) -> int:
@@ -118,6 +149,11 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return triple(a * b for a, b in zip(self.latent_cell, self.code_stride, strict=True))
 
     @property
+    def filter_cell(self) -> Shape3:
+        """Voxels of a cell of the post-filters: two along each axis that the wavelet halves."""
+        return triple(2 if level else 1 for level in self.levels)
+
+    @property
     def subbands(self) -> int:
         """Wavelet coefficients per cell of the wavelet grid."""
         return math.prod(self.grid_stride)
@@ -127,6 +163,22 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Convolution kernel on the wavelet grid; 1 along an axis that the wavelet leaves alone."""
         return triple(3 if level else 1 for level in self.levels)
 
+
+class DecoderSizes(msgspec.Struct, frozen=True):
+    """Other sizes of the decoders than a configuration has; None leaves them as they are."""
+
+    student: SynthesisConfig | None = None
+    student_filter: FilterConfig | None = None
+    teacher_filter: FilterConfig | None = None
+
+    def given_to(self, config: CodecConfig) -> CodecConfig:
+        """The configuration with these sizes."""
+        given = {name: sizes for name in self.__struct_fields__ if (sizes := getattr(self, name)) is not None}
+        return msgspec.structs.replace(config, **given)
+
+
+TEACHER_FILTER, STUDENT_FILTER = FilterConfig(width=32, layers=6), FilterConfig(width=16, layers=3)
+"""Post-filters of new weights."""
 
 SMALL_CELL = 256
 """Voxels; a latent cell of fewer has SMALL_GROUPS of latents and SMALL_NETWORKS."""
@@ -163,7 +215,9 @@ def config_for_voxels(voxel_size: tuple[float, float, float], *, large: bool = F
     halvings = [min(3, max(0, 3 - round(math.log2(size / finest)))) for size in voxel_size]
     levels = triple(min(2, h) for h in halvings)
     strides = triple(2 ** (h - level) for h, level in zip(halvings, levels, strict=True))
-    config = CodecConfig(levels=levels, latent_stride=strides)
+    config = CodecConfig(
+        levels=levels, latent_stride=strides, teacher_filter=TEACHER_FILTER, student_filter=STUDENT_FILTER
+    )
     if math.prod(config.latent_cell) < SMALL_CELL:
         config = msgspec.structs.replace(config, groups=SMALL_GROUPS, checkered=3, **SMALL_NETWORKS)
     return msgspec.structs.replace(config, **LARGE_NETWORKS) if large else config

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from ucray.codec.encoder import ChunkEncoder
 
 NAME = "ucray"
-VERSION = 1
+VERSIONS = (1, 2)
+"""Of the configuration: that of the weights in it."""
 
 WEIGHTS_LEVEL = 19
 """zstd level of the weights in the metadata."""
@@ -82,10 +83,9 @@ class UcrayCodec(ArrayBytesCodec):
             _, parsed = parse_named_configuration(data, NAME)
             configuration: dict[str, Any] = dict(parsed)
             version = configuration["version"]
-            if version != VERSION:
-                raise ArchiveError(
-                    f"the archive is of codec version {version}; this ucray reads version {VERSION}"
-                )
+            if version not in VERSIONS:
+                known = " and ".join(map(str, VERSIONS))
+                raise ArchiveError(f"the archive is of codec version {version}; this ucray reads {known}")
             offset, scale = float(configuration["offset"]), float(configuration["scale"])
             quality = int(configuration["quality"])
             bound = configuration["max_error"]
@@ -100,6 +100,8 @@ class UcrayCodec(ArrayBytesCodec):
         if not isinstance(exact_fill, bool):
             raise ArchiveError("the codec's exact_fill in zarr.json is neither true nor false")
         weights = Weights.from_bytes(_unpacked(packed, size))
+        if weights.config.version != version:
+            raise ArchiveError(f"the codec's version in zarr.json is {version}, not that of its weights")
         if weights.digest != digest:
             raise WeightsError(f"the weights in zarr.json have digest {weights.digest}, not {digest}")
         return cls(weights, offset, scale, quality, max_error, exact_fill)
@@ -109,7 +111,7 @@ class UcrayCodec(ArrayBytesCodec):
         return {
             "name": NAME,
             "configuration": {
-                "version": VERSION,
+                "version": self.weights.config.version,
                 "offset": self.offset,
                 "scale": self.scale,
                 "quality": self.quality,

@@ -22,7 +22,7 @@ from ucray.cluster.train import train as train_on_ray
 from ucray.cluster.verify import Verification, verify_archive
 from ucray.codec.shipped import shipped_for, shipped_names, shipped_weights
 from ucray.codec.weights import Weights
-from ucray.config import SynthesisConfig
+from ucray.config import DecoderSizes
 from ucray.errors import DestinationError, SettingsError, WeightsError
 from ucray.grid import Shape3, parse_box, parse_shape
 from ucray.quality import ErrorSum
@@ -172,7 +172,7 @@ def train(
     exact_fill: bool = True,
     init: str | None = None,
     large: bool = False,
-    student: SynthesisConfig | None = None,
+    sizes: DecoderSizes = DecoderSizes(),
     workers: int = 1,
     worker_cpus: float | None = None,
     use_gpu: bool = False,
@@ -207,7 +207,7 @@ def train(
             also=others,
             start=start,
             large=large,
-            student=student,
+            sizes=sizes,
             chunk=chunk,
             region=None if roi is None else parse_box(roi, volume.shape),
             workers=workers,

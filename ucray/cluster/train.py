@@ -26,7 +26,6 @@ import ray.data
 import ray.train
 import ray.train.torch
 import torch
-from msgspec.structs import replace
 from ray.train import Checkpoint, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -38,7 +37,7 @@ from ucray.cluster.telemetry import Event, Listener
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.chunk import normalisation
 from ucray.codec.weights import Weights
-from ucray.config import CodecConfig, SynthesisConfig, default_chunk
+from ucray.config import CodecConfig, DecoderSizes, default_chunk
 from ucray.errors import JobError, SettingsError, SourceError
 from ucray.grid import Box, Shape3
 from ucray.settings import TrainingConfig
@@ -100,7 +99,7 @@ def train(
     also: Sequence[Volume] = (),
     start: Weights | None = None,
     large: bool = False,
-    student: SynthesisConfig | None = None,
+    sizes: DecoderSizes = DecoderSizes(),
     chunk: Shape3 | None = None,
     region: Box | None = None,
     tiles: int = TILES,
@@ -121,8 +120,8 @@ def train(
         teaches a student on this volume.
     large
         Train LARGE_NETWORKS, where `start` does not say which; for a GPU.
-    student
-        Size of the student; that of `start`, or the default, if None.
+    sizes
+        Of the decoders, where they are to be others than those of `start` or the default.
     chunk
         Voxels of a training crop; the volume's default chunk if None.
     region
@@ -141,9 +140,7 @@ def train(
     JobError
         If the workers failed more often than they are restarted.
     """
-    config = start.config if start is not None else config_for(volume, large=large)
-    if student is not None:
-        config = replace(config, student=student)
+    config = sizes.given_to(start.config if start is not None else config_for(volume, large=large))
     chunk = chunk or default_chunk(config)
     region = region or Box((0, 0, 0), volume.shape)
     if any(c % s for c, s in zip(chunk, config.stride, strict=True)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ucray.codec.convolution import Convolution
 from ucray.config import QUALITIES
 
 KNOTS = 9
@@ -30,6 +31,15 @@ class QualityAffine(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(KNOTS, width))
         self.shift = nn.Parameter(torch.zeros(KNOTS, width))
+
+    def behind(self, convolution: Convolution, x: Tensor, quality: Tensor) -> Tensor:
+        """Convolved features, scaled and shifted: of a single chunk within the convolution's weights."""
+        if len(x) > 1 or torch.is_grad_enabled():
+            return torch.as_tensor(self(convolution(x), quality))
+        assert convolution.bias is not None
+        scale = 1.0 + at_quality(self.scale, quality)[0]
+        bias = convolution.bias * scale + at_quality(self.shift, quality)[0]
+        return convolution.with_weights(x, convolution.weight * scale[:, None, None, None, None], bias)
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
         """Features (batch, width, ...) at qualities (batch,)."""

@@ -18,10 +18,14 @@ class Convolution(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (batch, width, z, y, x)."""
+        return self.with_weights(x, self.weight, self.bias)
+
+    def with_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with weights and bias for this once."""
         if torch.is_grad_enabled() or x.is_cuda or not _ONE_DNN:
-            return super().forward(x)
+            return torch.as_tensor(self._conv_forward(x, weight, bias))
         return torch.as_tensor(
             torch.ops.aten.mkldnn_convolution(
-                x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
+                x, weight, bias, self.padding, self.stride, self.dilation, self.groups
             )
         )

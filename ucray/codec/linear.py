@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.convolution import Convolution
 from ucray.codec.lapping import Lapping
+from ucray.codec.postfilter import PostFilter
 from ucray.codec.wavelet import WaveletPacket, cells_to_volume, volume_to_cells
-from ucray.config import CodecConfig
+from ucray.config import CodecConfig, FilterConfig
 
 
 class LinearTransform(nn.Module):
@@ -88,11 +89,12 @@ class LinearAnalysis(LinearTransform):
 class LinearSynthesis(LinearTransform):
     """Dequantised latents and quality to normalised chunks (batch, 1, z, y, x)."""
 
-    def __init__(self, config: CodecConfig) -> None:
+    def __init__(self, config: CodecConfig, sizes: FilterConfig | None = None) -> None:
         super().__init__(config, inverse=True)
         stride = config.latent_stride
         self.linear = nn.ConvTranspose3d(config.latents, config.subbands, stride, stride=stride, bias=False)
         self.rescaled = QualityAffine(config.latents)
+        self.postfilter = None if sizes is None else PostFilter(config, sizes)
 
     def forward(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x).
@@ -107,9 +109,14 @@ class LinearSynthesis(LinearTransform):
             Qualities (batch,) from 0 to QUALITIES - 1: how coarsely y_hat was rounded.
         """
         with in_float32(y_hat):
-            return torch.as_tensor(self.lapped(self.unfiltered(y_hat, quality)))
+            x_hat = torch.as_tensor(self.lapped(self.unlapped(y_hat, quality)))
+        return self.filtered(x_hat, quality)
 
-    def unfiltered(self, y_hat: Tensor, quality: Tensor) -> Tensor:
+    def filtered(self, x_hat: Tensor, quality: Tensor) -> Tensor:
+        """Chunks (batch, 1, z, y, x) behind the post-filter."""
+        return x_hat if self.postfilter is None else torch.as_tensor(self.postfilter(x_hat, quality))
+
+    def unlapped(self, y_hat: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x) before lapping is undone."""
         y_hat = self.rescaled(y_hat, quality)
         if not self.wavelet.blockwise:

@@ -6,9 +6,11 @@
                                    |--> residual blocks --+----^
                                                           +--> z      side latents, to the codebook
 
-    y_hat, prior --+--> residual blocks (latent grid, wavelet grid) --+--> subbands --(+)--unlapping--> x_hat
-                   |                                                  +--> INR --------^
-                   +--> linear --> subbands -------------------------------------------^
+    y_hat, prior --+--> residual blocks (latent and wavelet grid) --+--> subbands --(+)--unlapping--> x_hat
+                   |                                                +--> INR --------^
+                   +--> linear --> subbands -----------------------------------------^
+
+Behind both decoders may stand a post-filter (`ucray.codec.postfilter`).
 
 Both directions are the linear transform of `ucray.codec.linear` with a learned correction. Where a
 configuration has no sizes for a network, its linear part stands alone.
@@ -27,7 +29,7 @@ from ucray.codec.inr import CoordinateNetwork, cell_coordinates
 from ucray.codec.linear import LinearAnalysis, LinearSynthesis, in_float32
 from ucray.codec.wavelet import cells_to_volume
 from ucray.codec.weights import Weights
-from ucray.config import AnalysisConfig, CodecConfig, SynthesisConfig
+from ucray.config import AnalysisConfig, CodecConfig, FilterConfig, SynthesisConfig
 from ucray.errors import WeightsError
 from ucray.grid import Shape3, triple
 
@@ -101,8 +103,10 @@ class Synthesis(LinearSynthesis):
     latent_scale: Tensor
     coordinates: Tensor
 
-    def __init__(self, config: CodecConfig, sizes: SynthesisConfig) -> None:
-        super().__init__(config)
+    def __init__(
+        self, config: CodecConfig, sizes: SynthesisConfig, filter_sizes: FilterConfig | None = None
+    ) -> None:
+        super().__init__(config, filter_sizes)
         stride = config.latent_stride
         self.cell = config.grid_stride
         self.enter = Convolution(config.latents + config.code_width, sizes.latent_width, 1)
@@ -141,7 +145,8 @@ class Synthesis(LinearSynthesis):
         with in_float32(features):
             subbands = self.correct(features.float()) * _channels(self.subband_scale)
             correction = self.wavelet.inverse(subbands) + cells_to_volume(detail, self.cell)
-            return torch.as_tensor(self.lapped(self.unfiltered(y_hat, quality) + correction))
+            x_hat = torch.as_tensor(self.lapped(self.unlapped(y_hat, quality) + correction))
+        return self.filtered(x_hat, quality)
 
 
 def _zero(layer: Convolution) -> None:
@@ -164,9 +169,18 @@ def analysis_of(config: CodecConfig) -> LinearAnalysis:
     return LinearAnalysis(config) if config.analysis is None else Analysis(config, config.analysis)
 
 
-def synthesis_of(config: CodecConfig, sizes: SynthesisConfig | None) -> LinearSynthesis:
-    """A new synthesis of a size, or its linear part alone."""
-    return LinearSynthesis(config) if sizes is None else Synthesis(config, sizes)
+def synthesis_of(config: CodecConfig, part: str) -> LinearSynthesis:
+    """A new "student" or "teacher" as large as a configuration says."""
+    sizes, filter_sizes = _sizes(config, part)
+    if sizes is None:
+        return LinearSynthesis(config, filter_sizes)
+    return Synthesis(config, sizes, filter_sizes)
+
+
+def _sizes(config: CodecConfig, part: str) -> tuple[SynthesisConfig | None, FilterConfig | None]:
+    if part == "teacher":
+        return config.teacher, config.teacher_filter
+    return config.student, config.student_filter
 
 
 def stored_synthesis(weights: Weights, part: str) -> LinearSynthesis:
@@ -178,14 +192,18 @@ def stored_synthesis(weights: Weights, part: str) -> LinearSynthesis:
         If it is missing or does not fit its configuration.
     """
     config = weights.config
-    sizes = config.teacher if part == "teacher" else config.student
+    sizes, filter_sizes = _sizes(config, part)
+    # Built as large as a configuration says, a network could take all memory before anything is compared.
+    least = 0
     if sizes is not None:
-        # Built as large as a configuration says, a network could take all memory before anything is compared.
-        convolutions = sizes.latent_blocks * sizes.latent_width**2 + sizes.grid_blocks * sizes.grid_width**2
-        widest = config.latents * sizes.latent_width + sizes.latent_width * sizes.grid_width
-        if convolutions + widest + sizes.inr_width**2 > sum(a.size for a in weights.part(part).values()):
-            raise WeightsError(f"the weights are damaged: the {part} does not fit its configuration")
-    network = synthesis_of(config, sizes)
+        least += sizes.latent_blocks * sizes.latent_width**2 + sizes.grid_blocks * sizes.grid_width**2
+        least += config.latents * sizes.latent_width + sizes.latent_width * sizes.grid_width
+        least += sizes.inr_width**2
+    if filter_sizes is not None:
+        least += 9 * filter_sizes.layers * filter_sizes.width**2 + filter_sizes.width
+    if least > sum(array.size for array in weights.part(part).values()):
+        raise WeightsError(f"the weights are damaged: the {part} does not fit its configuration")
+    network = synthesis_of(config, part)
     load_network(weights, part, network)
     return network
 

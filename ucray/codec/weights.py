@@ -36,7 +36,10 @@ from ucray.codec.unlapping import STAGES, Blocks, Unlapping, block_sizes
 from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import WeightsError
 
-FORMAT = "ucray-weights-1"
+FORMAT = "ucray-weights"
+VERSIONS = (1, 2)
+"""Of the format, which is the last part of the key that FORMAT begins; see FORMAT.md."""
+
 DECODER_PARTS = ("stream", "student")
 BOUNDED_PARTS = ("stream", "reference")
 LAYERS = ("first", "middle", "last")
@@ -178,7 +181,8 @@ class Weights:
     def to_bytes(self) -> bytes:
         """A safetensors file."""
         header = {"config": self.config.to_json(), "training": dict(self.training)}
-        metadata = {FORMAT: json.dumps(header, sort_keys=True, separators=(",", ":"))}
+        name = f"{FORMAT}-{self.config.version}"
+        metadata = {name: json.dumps(header, sort_keys=True, separators=(",", ":"))}
         return bytes(save({k: np.ascontiguousarray(v) for k, v in self.tensors.items()}, metadata=metadata))
 
     @classmethod
@@ -196,11 +200,15 @@ class Weights:
             metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
         except (SafetensorError, ValueError, KeyError, RecursionError):
             raise WeightsError("the weights are damaged: not a whole safetensors file") from None
-        if FORMAT not in metadata:
-            raise WeightsError(f"the file holds no ucray weights of format {FORMAT}")
+        known = [name for version in VERSIONS if (name := f"{FORMAT}-{version}") in metadata]
+        if not known:
+            wanted = " or ".join(f"{FORMAT}-{version}" for version in VERSIONS)
+            raise WeightsError(f"the file holds no ucray weights of format {wanted}")
         try:
-            header = json.loads(metadata[FORMAT])
+            header = json.loads(metadata[known[0]])
             weights = cls(CodecConfig.parse(header["config"]), tensors, dict(header["training"]))
+            if known[0] != f"{FORMAT}-{weights.config.version}":
+                raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise WeightsError("the weights are damaged: their configuration does not parse") from None
         weights.check_stream()

@@ -80,10 +80,9 @@ def to_weights(
     return weights
 
 
-def load_weights(weights: Weights, coder: Coder, teacher: LinearSynthesis) -> None:
-    """Start a coder and a teacher of the same configuration from stored weights."""
-    for part, module in (("analysis", coder.analysis), ("teacher", teacher)):
-        load_network(weights, part, module)
+def load_coder(weights: Weights, coder: Coder) -> None:
+    """Start a coder of the same configuration from stored weights."""
+    load_network(weights, "analysis", coder.analysis)
     context = weights.stream.context
     with torch.no_grad():
         entries = context.codebook.astype(np.float32) / FEATURE_UNITS

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.lapping import Lapping
 from ucray.codec.linear import LinearSynthesis, start_linear
-from ucray.codec.network import Synthesis, stored_synthesis, synthesis_of
+from ucray.codec.network import stored_synthesis, synthesis_of
+from ucray.codec.postfilter import PostFilter
 from ucray.codec.prior import ContextPrior
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig
 from ucray.errors import SettingsError, WeightsError
 from ucray.settings import TrainingConfig
-from ucray.training.calibrate import freeze, load_weights, to_weights
+from ucray.training.calibrate import freeze, load_coder, to_weights
 from ucray.training.lapping import start_lapping
 from ucray.training.loss import Coder, Distillation, RateDistortion, draw_quality
 from ucray.training.prune import Networks, prune
@@ -42,6 +43,9 @@ WARM_UP = 40
 
 TABLE_SPEED = 10.0
 """Learning rate of what depends on the quality against the networks': an entry meets few of the chunks."""
+
+FILTER_SPEED = 2.0
+"""Of the post-filters, which start from noise behind a transform that works."""
 
 LAPPING_SPEED = 0.3
 """Of the filters across cells, which start near their best."""
@@ -60,8 +64,8 @@ class Trainer:
     config, settings
         Shapes of the networks; steps, batch, learning rate, seed.
     start
-        Weights to start from; their configuration must be the same but for the student, which starts
-        anew, with the linear part of theirs, where its networks are of another size.
+        Weights to start from; their configuration must be the same but for the decoders: networks and
+        post-filters that are of another size start anew.
     device
         Where the networks live.
     wrap
@@ -80,7 +84,7 @@ class Trainer:
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
         rank: int = 0,
     ) -> None:
-        if start is not None and replace(start.config, student=config.student) != config:
+        if start is not None and _without_decoders(start.config) != _without_decoders(config):
             raise SettingsError(
                 "the weights to start from are of another configuration (anisotropy of the voxels, widths); "
                 "train from nothing, or choose weights of a like volume"
@@ -91,19 +95,16 @@ class Trainer:
         self.step_number = 0
         self.device = torch.device(device)
         self.coder = Coder(config)
-        self.teacher = Synthesis(config, config.teacher)
-        self.student = synthesis_of(config, config.student)
+        self.teacher = synthesis_of(config, "teacher")
+        self.student = synthesis_of(config, "student")
         self._distillation = Distillation(
             config, self.coder, self.teacher, self.student, taught=settings.taught
         )
         self._started = start is not None
         if start is not None:
-            load_weights(start, self.coder, self.teacher)
-            stored = stored_synthesis(start, "student")
-            if start.config == config:
-                self.student.load_state_dict(stored.state_dict())
-            else:
-                _start_linear_like(self.student, stored)
+            load_coder(start, self.coder)
+            for part, decoder in (("teacher", self.teacher), ("student", self.student)):
+                _start_like(decoder, stored_synthesis(start, part))
         for module in (self.coder, self.teacher, self._distillation):
             module.to(self.device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self._generator = torch.Generator(self.device).manual_seed(settings.seed * 4096 + rank)
@@ -218,11 +219,20 @@ class Trainer:
             module = self._distillation
         tables = [p for m in module.modules() for p in _tables(m)]
         lapping = [p for m in module.modules() if isinstance(m, Lapping) for p in m.parameters()]
-        apart = {id(parameter) for parameter in tables + lapping}
+        filters = [
+            parameter
+            for m in module.modules()
+            if isinstance(m, PostFilter)
+            for layer in m.modules()
+            if isinstance(layer, nn.Conv3d)
+            for parameter in layer.parameters()
+        ]
+        apart = {id(parameter) for parameter in tables + lapping + filters}
         others = [parameter for parameter in module.parameters() if id(parameter) not in apart]
         plain = {"weight_decay": 0.0, "turned": False}
         groups: list[dict[str, Any]] = [
             {"params": others, "speed": 1.0},
+            {"params": filters, "speed": FILTER_SPEED},
             {"params": tables, "speed": TABLE_SPEED, **plain},
             {"params": lapping, "speed": LAPPING_SPEED, **plain},
         ]
@@ -240,6 +250,24 @@ class Trainer:
 
     def _modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.coder, self.teacher, self._distillation])
+
+
+def _without_decoders(config: CodecConfig) -> CodecConfig:
+    return replace(config, teacher=None, student=None, teacher_filter=None, student_filter=None)
+
+
+def _start_like(decoder: LinearSynthesis, stored: LinearSynthesis) -> None:
+    """Give a decoder what stored weights have for it: its linear part, and what of the rest is as large."""
+    _start_linear_like(decoder, stored)
+    state, found = decoder.state_dict(), stored.state_dict()
+    for filtering in (False, True):
+        mine, theirs = (
+            {name: value for name, value in one.items() if name.startswith("postfilter.") == filtering}
+            for one in (state, found)
+        )
+        if {n: v.shape for n, v in mine.items()} == {n: v.shape for n, v in theirs.items()}:
+            state |= theirs
+    decoder.load_state_dict(state)
 
 
 def _start_linear_like(student: LinearSynthesis, other: LinearSynthesis) -> None:

@@ -82,7 +82,7 @@ class RateDistortion(nn.Module):
     The student reads the stream along with the teacher, so that the stream is one that both can read.
     """
 
-    def __init__(self, coder: Coder, teacher: Synthesis, student: LinearSynthesis) -> None:
+    def __init__(self, coder: Coder, teacher: LinearSynthesis, student: LinearSynthesis) -> None:
         super().__init__()
         self.coder = coder
         self.teacher = teacher
@@ -112,7 +112,7 @@ class Distillation(nn.Module):
         self,
         config: CodecConfig,
         coder: Coder,
-        teacher: Synthesis,
+        teacher: LinearSynthesis,
         student: LinearSynthesis,
         *,
         taught: bool = True,
@@ -121,9 +121,10 @@ class Distillation(nn.Module):
         self.student = student
         self._output_weight = OUTPUT_WEIGHT if taught else 0.0
         self._feature_weight = FEATURE_WEIGHT if taught else 0.0
+        self.project: nn.Module | None = None
         # What is linear has no features to compare.
-        width = 0 if config.student is None else config.student.grid_width
-        self.project = nn.Conv3d(width, config.teacher.grid_width, 1) if width else None
+        if config.student is not None and config.teacher is not None:
+            self.project = nn.Conv3d(config.student.grid_width, config.teacher.grid_width, 1)
         # Frozen parts are kept out of the module tree: they have no gradient and no state to save.
         self._frozen = (coder, teacher)
 
@@ -135,22 +136,26 @@ class Distillation(nn.Module):
         with torch.no_grad():
             stream = frozen_stream(coder, x, quality)
         with torch.no_grad(), in_fewer_bits(x):
-            teacher_features = teacher.features(stream.y_hat, stream.prior, quality)
-            target = teacher.decode(stream.y_hat, teacher_features, quality)
+            target, taught = _decoded(teacher, stream, quality)
         mimic = x.new_zeros(())
         with in_fewer_bits(x):
-            if isinstance(self.student, Synthesis) and self.project is not None:
-                features = self.student.features(stream.y_hat, stream.prior, quality)
-                x_hat = self.student.decode(stream.y_hat, features, quality)
-                mimic = _difference(self.project(features).float(), teacher_features.float())
-            else:
-                x_hat = self.student(stream.y_hat, stream.prior, quality)
+            x_hat, learnt = _decoded(self.student, stream, quality)
+            if self.project is not None and taught is not None:
+                mimic = _difference(self.project(learnt).float(), taught.float())
         data = (x_hat - x).square().mean(dim=(1, 2, 3, 4))
         output = (x_hat - target).square().mean(dim=(1, 2, 3, 4))
         weight = lambda_of(quality)
         loss = ((data + self._output_weight * output) / weight**BALANCE).mean() + self._feature_weight * mimic
         teacher_mse = (target - x).square().mean()
         return loss, {"mse": data.mean().detach(), "teacher_mse": teacher_mse.detach()}
+
+
+def _decoded(network: LinearSynthesis, stream: Stream, quality: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Chunks, and the features on the wavelet grid of a decoder that has any."""
+    if not isinstance(network, Synthesis):
+        return network(stream.y_hat, stream.prior, quality), None
+    features = network.features(stream.y_hat, stream.prior, quality)
+    return network.decode(stream.y_hat, features, quality), features
 
 
 def _difference(found: Tensor, wanted: Tensor) -> Tensor:

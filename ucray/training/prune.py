@@ -1,7 +1,7 @@
 """Every network must earn the time that it takes: after training, what adds nothing is left out.
 
-Two things are tried on training chunks: a student that is linear, and an analysis that is linear, which
-computes no codes. What they replace is gone for good if the loss stays within TOLERANCE.
+What is tried on training chunks: decoders without their networks, and without their post-filters; an analysis
+that is linear, which computes no codes. What is left out is gone for good if the loss stays within TOLERANCE.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ucray.codec.context import FEATURE_UNITS, LARGEST_FEATURE
 from ucray.codec.linear import LinearSynthesis
-from ucray.codec.network import Synthesis, synthesis_of
+from ucray.codec.network import synthesis_of
 from ucray.codec.prior import lambda_of
 from ucray.config import CodecConfig
 from ucray.training.loss import Coder, frozen_stream
@@ -36,33 +36,39 @@ class Networks:
 
     config: CodecConfig
     coder: Coder
-    teacher: Synthesis
+    teacher: LinearSynthesis
     student: LinearSynthesis
+
+
+DECODERS = ("student", "teacher")
 
 
 def prune(found: Networks, batches: Sequence[Tensor]) -> Networks:
     """The networks without what adds nothing on `batches` (batch, 1, z, y, x); the coder is frozen."""
     batches = batches[:BATCHES]
-    loss, counts = _measured(found, batches)
-    if found.config.student is not None:
-        tried = with_linear_student(found)
-        reached, _ = _measured(tried, batches)
-        if reached <= loss + TOLERANCE:
-            found, loss = tried, reached
+    for part in DECODERS:
+        for name in (part, f"{part}_filter"):
+            if getattr(found.config, name) is not None:
+                tried = without(found, part, name)
+                if _loss(tried, part, batches) <= _loss(found, part, batches) + TOLERANCE:
+                    found = tried
     if found.config.analysis is not None:
+        loss, counts = _measured(found, "student", batches)
         tried = with_linear_analysis(found, counts.argmax(dim=1))
-        reached, _ = _measured(tried, batches)
-        if reached <= loss + TOLERANCE:
+        if _loss(tried, "student", batches) <= loss + TOLERANCE:
             found = tried
     return found
 
 
-def with_linear_student(found: Networks) -> Networks:
-    """The student's linear part alone."""
-    config = msgspec.structs.replace(found.config, student=None)
-    student = LinearSynthesis(config).to(next(found.student.parameters()).device)
-    student.load_state_dict({name: found.student.state_dict()[name] for name in student.state_dict()})
-    return replace(found, config=config, student=student)
+def without(found: Networks, part: str, name: str) -> Networks:
+    """A decoder ("student" or "teacher") without what a `name` of the configuration sizes."""
+    config = msgspec.structs.replace(found.config, **{name: None})
+    old: LinearSynthesis = getattr(found, part)
+    new = synthesis_of(config, part).to(next(old.parameters()).device)
+    kept = old.state_dict()
+    new.load_state_dict({name: kept[name] for name in new.state_dict()})
+    made = replace(found, config=config)
+    return replace(made, student=new) if part == "student" else replace(made, teacher=new)
 
 
 def with_linear_analysis(found: Networks, codes: Tensor) -> Networks:
@@ -75,12 +81,11 @@ def with_linear_analysis(found: Networks, codes: Tensor) -> Networks:
     folded = {f"prior.networks.{n}.0": 0 for n in range(len(found.coder.prior.networks))}
     _fold(found.coder, coder, vector, folded)
     decoders = []
-    for sizes, old in ((config.teacher, found.teacher), (config.student, found.student)):
-        new = synthesis_of(config, sizes)
-        _fold(old, new, vector, {} if sizes is None else {"enter": config.latents})
+    for part, old in (("teacher", found.teacher), ("student", found.student)):
+        new = synthesis_of(config, part)
+        _fold(old, new, vector, {} if getattr(config, part) is None else {"enter": config.latents})
         decoders.append(new)
     teacher, student = decoders
-    assert isinstance(teacher, Synthesis)
     coder.requires_grad_(False)
     return Networks(config, coder, teacher, student)
 
@@ -99,9 +104,17 @@ def _fold(old: nn.Module, new: nn.Module, vector: Tensor, layers: dict[str, int]
     new.to(vector.device)
 
 
-def _measured(found: Networks, batches: Sequence[Tensor]) -> tuple[float, Tensor]:
-    """Mean over TRIED of log(squared error + lambda * bits a voxel); counts of the codes (stages, codes)."""
+def _loss(found: Networks, part: str, batches: Sequence[Tensor]) -> float:
+    return _measured(found, part, batches)[0]
+
+
+def _measured(found: Networks, part: str, batches: Sequence[Tensor]) -> tuple[float, Tensor]:
+    """Mean over TRIED of log(squared error + lambda * bits a voxel); counts of the codes (stages, codes).
+
+    The error is that of one decoder ("student" or "teacher").
+    """
     config = found.config
+    decoder: LinearSynthesis = getattr(found, part)
     counts = torch.zeros(config.code_stages, config.codes)
     sums = []
     for quality in TRIED:
@@ -110,7 +123,7 @@ def _measured(found: Networks, batches: Sequence[Tensor]) -> tuple[float, Tensor
             at = torch.full((len(x),), quality, device=x.device)
             with torch.no_grad():
                 stream = frozen_stream(found.coder, x, at)
-                x_hat = found.student(stream.y_hat, stream.prior, at)
+                x_hat = decoder(stream.y_hat, stream.prior, at)
             error += float((x_hat - x).square().sum())
             bits += float(stream.bits.sum())
             for count, codes in zip(counts, stream.codes.unbind(1), strict=True):
