@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -17,8 +18,10 @@ import pytest
 import typer
 import yaml
 from metric_names import RULES, known_metrics, rules
+from ray.serve.schema import ServeDeploySchema
 
 from ucray.cli import app
+from ucray.serve import on_ray
 
 ROOT = Path(__file__).parents[1]
 CRDS = Path(os.environ.get("UCRAY_TEST_CRDS", ROOT.parent / "shared" / "kuberay-crds"))
@@ -52,6 +55,8 @@ def clusters(kustomization: str) -> Iterator[tuple[str, Object]]:
         yield job["metadata"]["name"], job["spec"]["rayClusterSpec"]
     for cluster in of_kind(kustomization, "RayCluster"):
         yield cluster["metadata"]["name"], cluster["spec"]
+    for service in of_kind(kustomization, "RayService"):
+        yield f"{service['metadata']['name']}-service", service["spec"]["rayClusterConfig"]
 
 
 def groups(cluster: Object) -> list[Object]:
@@ -165,7 +170,7 @@ def test_clusters_are_fit_for_the_work(kustomization: str) -> None:
             assert {"containerPort": 8080, "name": "metrics"} in container["ports"]
         for group in cluster["workerGroupSpecs"]:
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    assert names == {"ucray", "ucray-compress", "ucray-train"}
+    assert names == {"ucray", "ucray-compress", "ucray-train", "ucray-service"}
 
 
 def _bytes(quantity: str) -> int:
@@ -191,6 +196,10 @@ def test_each_head_is_kept_from_being_drained(kustomization: str) -> None:
 def test_gpus_are_asked_for_where_the_commands_use_them(kustomization: str) -> None:
     wanted = "gpu" in kustomization
     for name, cluster in clusters(kustomization):
+        if (
+            name == "ucray-service"
+        ):  # a picture is decoded in milliseconds; what is scarce stays with the jobs
+            continue
         (encode,) = (group for group in cluster["workerGroupSpecs"] if group["groupName"] == "encode")
         limits = encode["template"]["spec"]["containers"][0]["resources"]["limits"]
         assert ("nvidia.com/gpu" in limits) is wanted, name
@@ -212,6 +221,30 @@ def test_entrypoints_are_commands_of_this_version(kustomization: str) -> None:
             assert parsed.params[
                 "storage"
             ]  # a retry finds its checkpoints only where they outlive the cluster
+
+
+@needs_kubectl
+@needs_crds
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_the_gateway_s_service_is_one_of_ray_serve(kustomization: str) -> None:
+    """Its cluster by the schema of RayCluster, that of RayService not being at hand; the rest by Serve."""
+    (service,) = of_kind(kustomization, "RayService")
+    assert set(service["spec"]) == {"serveConfigV2", "rayClusterConfig"}
+    cluster = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "spec": service["spec"]["rayClusterConfig"]}
+    jsonschema.validate(cluster, kuberay_schema("RayCluster"))
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    module, name = str(application.import_path).split(":")
+    assert getattr(importlib.import_module(module), name) is on_ray.build
+    arguments = on_ray.Arguments.model_validate(application.args)
+    (deployment,) = application.deployments
+    assert deployment.name == on_ray.DEPLOYMENT
+    options = deployment.ray_actor_options
+    assert options.num_cpus == arguments.threads
+    (replicas,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    given = replicas["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(given["cpu"]) >= options.num_cpus
+    assert arguments.cache < _bytes(given["memory"]) / 2
 
 
 @needs_kubectl

@@ -1,0 +1,280 @@
+"""The post-filter: what it may do to a chunk, how it is trained, stored and left out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace as replaced
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from conftest import TINY, TINY_ANISOTROPIC, build_weights, smooth_volume_of
+from msgspec.structs import replace
+from safetensors.numpy import save
+from torch import Tensor
+from typer.testing import CliRunner
+
+import ucray
+from ucray.cli import app
+from ucray.codec.chunk import ChunkFormat
+from ucray.codec.conditioning import QualityAffine
+from ucray.codec.decoder import ChunkDecoder
+from ucray.codec.encoder import ChunkEncoder
+from ucray.codec.linear import LinearSynthesis
+from ucray.codec.network import stored_synthesis
+from ucray.codec.postfilter import PostFilter
+from ucray.codec.weights import FORMAT, Weights
+from ucray.config import CodecConfig, DecoderSizes, FilterConfig, config_for_voxels
+from ucray.errors import ArchiveError, SettingsError, WeightsError
+from ucray.grid import Shape3
+from ucray.settings import TrainingConfig
+from ucray.training.distill import Trainer
+from ucray.training.loss import frozen_stream
+from ucray.training.prune import Networks, prune, without
+from ucray.training.tiles import TileSampler, prepare_tiles
+from ucray.zarr_codec import UcrayCodec
+
+SIZES = FilterConfig(width=8, layers=3)
+FILTERED = replace(TINY, teacher_filter=FilterConfig(12, 4), student_filter=SIZES)
+CHUNK = (32, 32, 32)
+
+
+def stirred(module: torch.nn.Module) -> None:
+    """Give layers that start at zero something to say."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(5)
+        for part in module.modules():
+            if isinstance(part, QualityAffine):
+                part.scale.normal_(std=0.2)
+                part.shift.normal_(std=0.05)
+            if isinstance(part, PostFilter):
+                part.leave.weight.normal_(std=0.1)
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    """Tiny weights with post-filters that change what they see."""
+    plain = build_weights(TINY, seed=1)
+    trainer = Trainer(FILTERED, TrainingConfig(teacher_steps=1, student_steps=1), start=plain)
+    for decoder in (trainer.teacher, trainer.student):
+        stirred(decoder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ucray.training.prune.TOLERANCE", -np.inf)
+        return trainer.finish([torch.from_numpy(smooth_volume_of(CHUNK, 2))[None, None]], {})
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_ANISOTROPIC], ids=["isotropic", "anisotropic"])
+def test_a_new_filter_changes_nothing(config: CodecConfig) -> None:
+    x = torch.from_numpy(smooth_volume_of(CHUNK, 1))[None, None]
+    with torch.no_grad():
+        assert torch.equal(PostFilter(config, SIZES)(x, torch.tensor([77.0])), x)
+
+
+@pytest.mark.parametrize(("config", "step"), [(TINY, (2, 2, 2)), (TINY_ANISOTROPIC, (1, 2, 2))])
+def test_it_is_the_same_at_every_cell_and_sees_as_far_as_it_says(config: CodecConfig, step: Shape3) -> None:
+    """Moved by a cell, what comes out moves with it; a voxel beyond its reach says nothing."""
+    network = PostFilter(config, SIZES)
+    stirred(network)
+    x = torch.from_numpy(smooth_volume_of((40, 40, 40), 1))[None, None]
+    quality = torch.tensor([77.0])
+    far = x.clone()
+    far[..., 0, 0, 0] += 5.0
+    with torch.no_grad():
+        y, moved, other = (network(one, quality) for one in (x, x.roll(step, (2, 3, 4)), far))
+    inside = (slice(None), slice(None), *[slice(12, -12)] * 3)
+    torch.testing.assert_close(moved[inside], y.roll(step, (2, 3, 4))[inside], rtol=0, atol=1e-5)
+    assert (y - x).abs().max() > 0.01
+    # One cell for the first kernel, and one for each of the planes that an axis lies in.
+    changed = (other != y)[0, 0].nonzero().amax(dim=0)
+    assert [int(n) < (1 + 1 + 2) * s for n, s in zip(changed, step, strict=True)] == [True] * 3
+
+
+def test_one_chunk_is_filtered_as_among_others() -> None:
+    """Alone, the quality is folded into the weights; in a batch it is not."""
+    network = PostFilter(TINY, SIZES)
+    stirred(network)
+    x = torch.from_numpy(np.stack([smooth_volume_of(CHUNK, seed) for seed in (1, 2)]))[:, None]
+    quality = torch.tensor([3.0, 200.0])
+    with torch.no_grad():
+        both = network(x, quality)
+        for n in range(2):
+            alone = network(x[n : n + 1], quality[n : n + 1])
+            torch.testing.assert_close(alone, both[n : n + 1], rtol=0, atol=1e-5)
+    assert (network(x, quality.flip(0)) - both).abs().max() > 0.01
+
+
+def test_weights_with_filters_are_of_version_2_and_say_so(weights: Weights) -> None:
+    data = weights.to_bytes()
+    read = Weights.from_bytes(data)
+    assert read.config == weights.config
+    assert read.config.version == 2
+    assert read.digest == weights.digest
+    assert f'"{FORMAT}-2"'.encode() in data
+    assert build_weights(TINY, seed=1).config.version == 1
+    assert "student_filter" not in TINY.to_json()
+
+
+def test_a_version_that_is_not_that_of_its_contents_is_refused(weights: Weights) -> None:
+    header = {"config": weights.config.to_json(), "training": {}}
+    data = bytes(save(dict(weights.tensors), metadata={f"{FORMAT}-1": json.dumps(header)}))
+    with pytest.raises(WeightsError, match="does not parse"):
+        Weights.from_bytes(data)
+    stored = UcrayCodec(weights, 0.0, 1.0, 100).to_dict()
+    assert stored["configuration"]["version"] == 2
+    assert UcrayCodec.from_dict(stored).weights.digest == weights.decoder().digest
+    stored["configuration"]["version"] = 1
+    with pytest.raises(ArchiveError, match="not that of its weights"):
+        UcrayCodec.from_dict(stored)
+
+
+@pytest.mark.parametrize("sizes", [FilterConfig(4096, 64), FilterConfig(4096, 1), FilterConfig(256, 3)])
+def test_a_filter_far_larger_than_its_tensors_is_never_built(weights: Weights, sizes: FilterConfig) -> None:
+    config = replace(weights.config, student_filter=sizes)
+    with pytest.raises(WeightsError, match="does not fit its configuration"):
+        stored_synthesis(Weights(config, weights.tensors), "student")
+
+
+@pytest.mark.parametrize("part", ["student", "teacher"])
+def test_a_decoder_filters_what_it_decodes(
+    part: str, weights: Weights, chunk_format: Callable[[str], ChunkFormat]
+) -> None:
+    """Bytes through the stored filter are what the linear part and the filter give, one after the other."""
+    chunk = replaced(chunk_format("float32"), shape=CHUNK, offset=0.0, scale=1.0)
+    voxels = smooth_volume_of(CHUNK, 7)
+    encoder = ChunkEncoder(weights, chunk)
+    packed = encoder.encode(voxels, 180)
+    found = ChunkDecoder(weights, chunk, part=part).decode(packed.data).astype(np.float32)
+    plain = copy.deepcopy(stored_synthesis(weights, part)).eval()
+    network = plain.postfilter
+    plain.postfilter = None
+    unfiltered = ChunkDecoder(weights, chunk, part=part)
+    unfiltered.__dict__["_synthesis"] = plain
+    before = torch.from_numpy(unfiltered.decode(packed.data).astype(np.float32))[None, None]
+    assert network is not None
+    with torch.no_grad():
+        expected = network(before, torch.tensor([180.0]))[0, 0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert np.abs(found - before[0, 0].numpy()).max() > 0.01
+    # The error that an archive states is that of the voxels that its readers get.
+    if part == "student":
+        assert packed.error.mse == pytest.approx(float(np.square(found - voxels).mean()), rel=1e-5)
+
+
+def test_an_archive_is_read_with_its_filter(tmp_path: Path, weights: Weights) -> None:
+    source, archive, file = (str(tmp_path / name) for name in ("em.zarr", "em.ucray", "w.safetensors"))
+    Path(file).write_bytes(weights.to_bytes())
+    ucray.synth(source, (32, 64, 64), seed=1)
+    options = ucray.CompressOptions(psnr=20, chunk=(32, 32, 32), shard=(32, 64, 64))
+    ucray.compress(source, archive, options, weights=file, run_options=ucray.RunOptions(serial=True))
+    assert ucray.verify(archive, source, serial=True).clean
+    metadata = json.loads((tmp_path / "em.ucray/0/zarr.json").read_text())
+    inner = metadata["codecs"][0]["configuration"]["codecs"][0]["configuration"]
+    assert inner["version"] == 2
+    array: Any = zarr.open_group(archive, mode="r")["0"]
+    voxels: Any = zarr.open_group(source, mode="r")["0"]
+    error = float(np.square(array[:].astype(float) - voxels[:]).mean())
+    # The statistics keep four digits.
+    assert ucray.info(archive)["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=0.01)
+
+
+def blocks() -> list[Tensor]:
+    """Two batches of cells with sharp walls, which a coarse linear code blurs."""
+    tiles = prepare_tiles([np.sign(smooth_volume_of((64, 64, 64), 3))], np.nan, 0.0, 1.0)
+    sampler = TileSampler(tiles, CHUNK, TINY, 0)
+    return [sampler.draw(2) for _ in range(2)]
+
+
+def test_it_learns_from_frozen_streams_what_stays_in_and_what_goes() -> None:
+    """Decoders without networks: the student's filter is trained and helps, the teacher's is noise."""
+    sizes = FilterConfig(16, 3)
+    config = replace(TINY, teacher=None, student=None, teacher_filter=SIZES, student_filter=sizes)
+    settings = TrainingConfig(teacher_steps=0, student_steps=60, learning_rate=5e-3, taught=False)
+    batches = blocks()
+    trainer = Trainer(config, settings)
+    trainer.start(torch.cat(batches))
+    with torch.no_grad():
+        before = _error(trainer, batches)
+        for _ in range(60):
+            with torch.enable_grad():
+                trainer.step(torch.cat(batches))
+        assert _error(trainer, batches) < 0.9 * before
+    assert trainer.teacher.postfilter is not None
+    with torch.no_grad():
+        trainer.teacher.postfilter.leave.weight.normal_(std=0.1)
+    made = prune(Networks(config, trainer.coder, trainer.teacher, trainer.student), batches)
+    assert made.config.student_filter == sizes
+    assert made.config.teacher_filter is None
+    assert made.teacher.postfilter is None
+
+
+def _error(trainer: Trainer, batches: list[Tensor]) -> float:
+    """The student's squared error at a coarse quality."""
+    total = 0.0
+    for x in batches:
+        quality = torch.full((len(x),), 60.0)
+        stream = frozen_stream(trainer.coder, x, quality)
+        total += float((trainer.student(stream.y_hat, stream.prior, quality) - x).square().mean())
+    return total
+
+
+def test_weights_without_a_filter_are_given_one_that_starts_as_no_change() -> None:
+    plain = build_weights(TINY, seed=1)
+    sizes = DecoderSizes(student_filter=SIZES)
+    config = sizes.given_to(plain.config)
+    assert (config.student_filter, config.teacher_filter) == (SIZES, None)
+    trainer = Trainer(config, TrainingConfig(teacher_steps=0, student_steps=1), start=plain)
+    assert trainer.student.postfilter is not None
+    old: LinearSynthesis = stored_synthesis(plain, "student")
+    y_hat, prior, quality = torch.randn(1, 8, 4, 4, 4), torch.randn(1, 4, 2, 2, 2), torch.tensor([9.0])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            trainer.student(y_hat, prior, quality), old(y_hat, prior, quality), rtol=0, atol=1e-5
+        )
+
+
+def test_another_filter_takes_the_place_of_one_of_another_size(weights: Weights) -> None:
+    """Networks of the same size go on, the filter begins anew; one of the same size goes on too."""
+    config = replace(weights.config, student_filter=FilterConfig(4, 1))
+    trainer = Trainer(config, TrainingConfig(teacher_steps=0, student_steps=1), start=weights)
+    assert trainer.student.postfilter is not None
+    assert not trainer.student.postfilter.leave.weight.any()
+    stored = weights.network("student")
+    state = trainer.student.state_dict()
+    for name, array in stored.items():
+        if not name.startswith("postfilter."):
+            np.testing.assert_array_equal(state[name].numpy(), array, err_msg=name)
+    teacher = trainer.teacher.state_dict()
+    for name, array in weights.network("teacher").items():
+        np.testing.assert_array_equal(teacher[name].numpy(), array, err_msg=name)
+
+
+def test_without_takes_out_one_thing_alone(weights: Weights) -> None:
+    trainer = Trainer(weights.config, TrainingConfig(teacher_steps=0, student_steps=1), start=weights)
+    found = Networks(weights.config, trainer.coder, trainer.teacher, trainer.student)
+    made = without(found, "student", "student_filter")
+    assert made.config == replace(found.config, student_filter=None)
+    assert made.student.state_dict().keys() == {
+        name for name in found.student.state_dict() if not name.startswith("postfilter.")
+    }
+    assert made.teacher is found.teacher
+
+
+def test_new_weights_have_filters_of_both_sizes() -> None:
+    for voxel in ((8.0, 8.0, 8.0), (50.0, 4.6, 4.6)):
+        config = config_for_voxels(voxel)
+        assert config.student_filter is not None
+        assert config.teacher_filter is not None
+        assert config.teacher_filter.width > config.student_filter.width
+
+
+@pytest.mark.parametrize("text", ["", "16", "16,3,1", "a,b", "0,3", "16,-1", "16,65"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="give width, layers"):
+        FilterConfig.parse(text)
+    result = CliRunner().invoke(app, ["train", "S", "W", "--student-filter", text])
+    assert isinstance(result.exception, SettingsError)
