@@ -188,6 +188,10 @@ def test_an_archive_says_who_made_it(archive: str) -> None:
     source = archive.replace("em.ucray", "em<b>.zarr")
     command = f"ucray compress '{source}' --psnr 20 --roi 0:40,0:50,0:70"
     assert told["command"] == f"{command} --chunk 16,16,16 --shard 32,32,32 --levels 1"
+    # Of a volume of no more chunks than are sampled, what was expected is what was stored.
+    stored = ucray.info(archive)
+    assert told["expected"]["psnr"] == pytest.approx(stored["psnr"], abs=0.051)
+    assert told["expected"]["ratio"] == pytest.approx(stored["ratio"], rel=0.01)
 
 
 def test_threads_read_the_same(archive: str, voxels: Any) -> None:

@@ -161,6 +161,10 @@ def _provenance(reader: Reader) -> dict[str, str]:
     told: Any = reader.group.attrs.asdict().get("provenance", {})
     versions = told.get("versions", {})
     found = {"command": str(told["command"])} if "command" in told else {}
+    if expected := told.get("expected"):
+        found["expected"] = ", ".join(
+            f"{name} {value}" for name, value in expected.items() if value is not None
+        )
     return found | ({"versions": ", ".join(f"{n} {v}" for n, v in versions.items())} if versions else {})
 
 

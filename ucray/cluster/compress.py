@@ -90,7 +90,7 @@ def prepare(
     archive = find_archive(objects)
     if archive is not None:
         check_same(archive, fingerprint)
-        settings = archive.settings
+        settings, told = archive.settings, None
     else:
         check_empty(objects)
         measured = measure_volume(plan, weights, device, listener)
@@ -114,10 +114,11 @@ def prepare(
             weights_digest=weights.digest,
             levels=plan.levels,
         )
+        told = provenance(plan, measured)
     # Also where the archive was found: a run that died in between left the array's metadata unwritten.
     name = volume.url.rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr")
     space = volume.space.within(plan.region.start)
-    return create_archive(objects, settings, weights, space, name, provenance(plan))
+    return create_archive(objects, settings, weights, space, name, told)
 
 
 def check_empty(objects: Objects) -> None:

@@ -103,7 +103,10 @@ def on_ray(
                 _EncodeRow,
                 fn_constructor_args=(encode, write),
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=options.encode_workers),
+                # All are asked for at once; the first that stands begins.
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=1, max_size=options.encode_workers, initial_size=options.encode_workers
+                ),
                 num_cpus=share.per_worker["CPU"],
                 num_gpus=share.per_worker.get("GPU"),
             )
@@ -123,7 +126,7 @@ def on_ray(
 
 
 class _EncodeRow:
-    """An encode actor: rows of voxels to rows of drafts.
+    """An encode actor: rows of voxels to rows of drafts, or of coded chunks.
 
     A shard that was committed since the job was planned, by another driver or before a node was lost, is
     not coded again.
@@ -140,18 +143,18 @@ class _EncodeRow:
     def row(self, row: Row) -> Row:
         started = time.perf_counter()
         index = _index(row["key"])
-        drafts: list[Any] = []
+        chunks: list[Any] = []
         found, error = b"", str(row["error"])
         try:
             if (stored := committed(self._objects, index)) is not None:
                 found, error = stored.to_bytes(), ""
             elif not error:
-                drafts = self._encoder.drafts(index, voxels_of(row, self._dtype))
+                chunks = self._encoder.chunks(index, voxels_of(row, self._dtype))
         except UcrayError as failure:
             error = str(failure)
         return {
             "key": str(row["key"]),
-            "drafts": _Drafts(drafts),
+            "chunks": _Chunks(chunks),
             "found": found,
             "read_seconds": float(row["read_seconds"]),
             "read_memory": int(row["read_memory"]),
@@ -162,7 +165,7 @@ class _EncodeRow:
 
 
 class _WriteRow:
-    """A write actor: rows of drafts to rows of statistics, by way of a committed shard."""
+    """A write actor: rows of what encode actors give to rows of statistics, by way of a committed shard."""
 
     def __init__(self, job: WriteJob) -> None:
         self._writer = ShardWriter(job)
@@ -175,7 +178,7 @@ class _WriteRow:
         statistics, place, error = bytes(row["found"]), "found", str(row["error"])
         if not error and not statistics:
             try:
-                written, first = self._writer.write(_index(row["key"]), row["drafts"].drafts)
+                written, first = self._writer.write(_index(row["key"]), row["chunks"].chunks)
                 statistics, place = written.to_bytes(), "committed" if first else "raced"
             except UcrayError as failure:
                 error = str(failure)
@@ -194,10 +197,10 @@ class _WriteRow:
 
 
 @dataclass(frozen=True)
-class _Drafts:
-    """Drafts of a shard as one value, so that Ray Data does not take their list for a column."""
+class _Chunks:
+    """Chunks of a shard as one value, so that Ray Data does not take their list for a column."""
 
-    drafts: list[Any]
+    chunks: list[Any]
 
 
 class ShardBoxes(Sequence[tuple[str, Box]]):

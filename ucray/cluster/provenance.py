@@ -1,10 +1,11 @@
-"""Where an archive comes from: a command that makes it again, and the versions that made it.
+"""Where an archive comes from: a command that makes it again, the versions that made it, what it was to be.
 
 Nothing of when and how a job was started is in it: the same job leaves the same bytes.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import shlex
 from importlib.metadata import version
@@ -13,13 +14,18 @@ from typing import Any
 import numpy as np
 
 from ucray.cluster.plan import CompressPlan
+from ucray.cluster.rate import Measured
 from ucray.grid import format_shape
 
 LIBRARIES = ("ucray", "torch", "numpy", "zarr", "constriction", "ray")
 
 
-def provenance(plan: CompressPlan) -> dict[str, Any]:
-    """The command of a planned job, without its weights and its destination, and the versions here."""
+def provenance(plan: CompressPlan, measured: Measured) -> dict[str, Any]:
+    """The command of a planned job, without its weights and its destination, the versions here, figures.
+
+    The figures are those of the sample that was coded to plan the job: metadata are written before any shard
+    and stay. What was stored stands in each shard's statistics (`ucray info` adds them up).
+    """
     volume = plan.volume
     command = ["ucray", "compress", volume.url]
     for name, value in plan.target.describe().items():
@@ -35,4 +41,8 @@ def provenance(plan: CompressPlan) -> dict[str, Any]:
     if np.isnan(volume.fill_value) and not np.issubdtype(np.dtype(volume.dtype), np.floating):
         command.append("--no-exact-fill")
     versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
-    return {"command": shlex.join(command), "versions": versions}
+    expected = {
+        "ratio": float(f"{plan.bytes_in / measured.bytes_out:.3g}"),
+        "psnr": round(measured.psnr, 1) if math.isfinite(measured.psnr) else None,
+    }
+    return {"command": shlex.join(command), "versions": versions, "expected": expected}

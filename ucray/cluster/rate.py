@@ -43,9 +43,10 @@ LEVEL_OVERHEAD = 600
 
 @dataclass(frozen=True)
 class Measured:
-    """Normalisation (offset, scale), peak value for PSNR, the quality to code at, and the bytes it gives.
+    """Normalisation (offset, scale), peak value for PSNR, the quality to code at, and what it gives.
 
-    `bytes_out` are those of the whole archive without weights, projected from the sample.
+    `bytes_out` are those of the whole archive without weights, projected from the sample; `psnr` is that of
+    the sample.
     """
 
     offset: float
@@ -53,6 +54,7 @@ class Measured:
     data_range: float
     quality: int
     bytes_out: float
+    psnr: float
 
 
 def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: Listener) -> Measured:
@@ -101,7 +103,7 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     if target.max_error is not None:
         sizes = {quality: bounded_bytes(quality) for quality in BOUNDED_QUALITIES}
         quality = min(sizes, key=sizes.__getitem__)
-        return Measured(offset, scale, peak, quality, sizes[quality] * share + overhead)
+        return Measured(offset, scale, peak, quality, sizes[quality] * share + overhead, psnr(quality))
     if target.psnr is not None:
         quality = coarsest_reaching(psnr, target.psnr)
     else:
@@ -116,7 +118,7 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
                 f"a ratio of {target.ratio:g} is out of reach: the coarsest quality gives "
                 f"{plan.bytes_in / least:.1f}{hint}"
             )
-    return Measured(offset, scale, peak, quality, archive_bytes(quality))
+    return Measured(offset, scale, peak, quality, archive_bytes(quality), psnr(quality))
 
 
 def data_range(samples: list[npt.NDArray[np.generic]], dtype: str, fill_value: float) -> float:

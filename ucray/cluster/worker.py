@@ -11,7 +11,7 @@ import torch
 
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.decoder import device_for
-from ucray.codec.encoder import ChunkEncoder, Draft, pack
+from ucray.codec.encoder import ChunkEncoder, Draft, Packed, pack
 from ucray.codec.weights import Weights
 from ucray.grid import Shape3
 from ucray.storage.archive import ArchiveSettings
@@ -40,17 +40,23 @@ class WriteJob:
 
 
 class ShardEncoder:
-    """First half: voxels of a shard to drafts, through the networks."""
+    """First half: voxels of a shard to drafts, through the networks.
+
+    On a processor it does the second half's coding too: it has the integers at hand, and would take longer to
+    send them. A GPU is not kept waiting for that.
+    """
 
     def __init__(self, job: EncodeJob) -> None:
         keep_freed_memory()
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         self._settings = job.settings
+        device = device_for(job.device)
+        self._codes = device == "cpu"
         self._encoder = ChunkEncoder(
             Weights.from_bytes(job.weights),
             job.settings.chunk_format,
-            device=device_for(job.device),
+            device=device,
             max_error=job.settings.max_error,
         )
 
@@ -64,9 +70,14 @@ class ShardEncoder:
             origins.append(origin)
         return self._encoder.drafts(chunks, self._settings.quality, origins)
 
+    def chunks(self, index: Shape3, voxels: npt.NDArray[np.generic]) -> list[Draft | Packed | None]:
+        """What a writer gets of shard `index`: drafts, or coded chunks."""
+        drafts = self.drafts(index, voxels)
+        return [self._encoder.pack(draft) for draft in drafts] if self._codes else [*drafts]
+
 
 class ShardWriter:
-    """Second half: drafts to entropy-coded chunks, one object, and its commit."""
+    """Second half: drafts to entropy-coded chunks, where they are not yet, one object, and its commit."""
 
     def __init__(self, job: WriteJob) -> None:
         weights = Weights.from_bytes(job.decoder)
@@ -75,11 +86,14 @@ class ShardWriter:
         self._stream = weights.stream
         self._digest = weights.stream_digest
 
-    def write(self, index: Shape3, drafts: Sequence[Draft | None]) -> tuple[ShardStatistics, bool]:
+    def write(self, index: Shape3, chunks: Sequence[Draft | Packed | None]) -> tuple[ShardStatistics, bool]:
         """Code and commit one shard: statistics of what is stored, and whether this writer was the first."""
-        chunks = [pack(draft, self._stream, self._digest) for draft in drafts]
+        packed = [
+            chunk if isinstance(chunk, Packed) else pack(chunk, self._stream, self._digest)
+            for chunk in chunks
+        ]
         grid = self._settings.grid
-        data, statistics = assemble(grid, index, np.dtype(self._settings.dtype).itemsize, chunks)
+        data, statistics = assemble(grid, index, np.dtype(self._settings.dtype).itemsize, packed)
         if commit(self._objects, grid, data, statistics):
             return statistics, True
         return committed(self._objects, index) or statistics, False
