@@ -30,7 +30,7 @@ from ucray.errors import SettingsError, WeightsError
 from ucray.grid import triple
 from ucray.synthetic import synthetic_volume
 
-POINT = Point("x", "volume", 0.0, 16.0, 30.0, 0.5, 1.0, 1.0, "1")
+POINT = Point("x", "volume", 0.0, 16.0, 30.0, 0.5, 1.0, 1.0, "1", 1.0, 1.0)
 
 Voxels = npt.NDArray[np.uint8]
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ucray.quality import ErrorSum, psnr_of, ssim
+from ucray.quality import ErrorSum, SeamSum, psnr_of, ssim
 
 volumes = arrays(np.uint8, (3, 4, 5))
 
@@ -74,3 +74,65 @@ def test_ssim_is_the_mean_over_slices() -> None:
     assert ssim(original, original, 255.0) == 1.0
     assert one_slice < 0.95
     assert ssim(original, decoded, 255.0) == pytest.approx((1.0 + one_slice) / 2, abs=1e-12)
+
+
+CHUNK = (8, 16, 4)
+
+
+def seamless(seed: int = 0) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """A volume of several chunks an axis, the last ones cut off, and a decoded one of white errors."""
+    random = np.random.default_rng(seed)
+    original = random.normal(100, 20, (60, 90, 50))
+    return original, original + random.normal(0, 3, original.shape)
+
+
+def test_errors_that_know_nothing_of_chunks_show_no_seams() -> None:
+    found = SeamSum.between(*seamless(), CHUNK)
+    assert found.error == pytest.approx(1.0, abs=0.01)
+    assert found.step == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_step_from_chunk_to_chunk_shows(axis: int) -> None:
+    """Each second chunk along one axis is brighter by 4: errors step by 4 there, beside their noise."""
+    original, decoded = seamless()
+    bright = (np.arange(original.shape[axis]) // CHUNK[axis]) % 2 * 4.0
+    decoded += bright.reshape([-1 if a == axis else 1 for a in range(3)])
+    found = SeamSum.between(original, decoded, CHUNK)
+    pairs = [original.size // n * ((n - 1) // c) for n, c in zip(original.shape, CHUNK, strict=True)]
+    stepped = 1 + 4.0**2 / (2 * 3.0**2) * pairs[axis] / sum(pairs)
+    assert found.step == pytest.approx(np.sqrt(stepped), rel=0.01)
+
+
+def test_errors_beside_faces_show_and_those_at_the_volume_s_own_do_not() -> None:
+    original, decoded = seamless()
+    outer = decoded.copy()
+    outer[0] += 50
+    outer[:, :, -1] -= 50
+    beside = decoded.copy()
+    for place in (7, 8, 15, 16):
+        beside[place] += 9
+    assert SeamSum.between(original, outer, (60, 90, 50)).error == 1.0
+    assert SeamSum.between(original, beside, CHUNK).error > 1.2
+    assert SeamSum.between(original, outer, CHUNK).error < 1.0
+
+
+def test_seams_add_up_over_slabs() -> None:
+    """But for the faces between the slabs, which neither of them sees."""
+    original, decoded = seamless()
+    slabs = [slice(0, 32), slice(32, 60)]
+    parts = [SeamSum.between(original[s], decoded[s], CHUNK) for s in slabs]
+    found = parts[0] + parts[1]
+    whole = SeamSum.between(original, decoded, CHUNK)
+    assert found.within.voxels == whole.within.voxels
+    assert found.within.squared == pytest.approx(whole.within.squared)
+    assert found.across.voxels == whole.across.voxels - 90 * 50
+    assert found.beside.voxels + found.inside.voxels == original.size
+
+
+def test_perfect_voxels_have_no_seams() -> None:
+    original, _ = seamless()
+    found = SeamSum.between(original, original, CHUNK)
+    assert (found.error, found.step) == (1.0, 1.0)
+    original[0, 0, 0] = np.nan
+    assert SeamSum.between(original, original, CHUNK).error == 1.0

@@ -49,6 +49,72 @@ class ErrorSum:
         return psnr_of(self.mse, data_range)
 
 
+@dataclass(frozen=True)
+class SeamSum:
+    """Whether the faces of chunks show: errors beside them, and steps of the error across them.
+
+    `beside` are voxels next to a face between two chunks, `inside` all others. `across` are pairs of
+    neighbours with such a face between them, `within` pairs of one chunk; what is summed is the difference of
+    their errors. Adds up over parts of a volume.
+    """
+
+    beside: ErrorSum = ErrorSum()
+    inside: ErrorSum = ErrorSum()
+    across: ErrorSum = ErrorSum()
+    within: ErrorSum = ErrorSum()
+
+    @classmethod
+    def between(
+        cls,
+        original: npt.NDArray[np.generic],
+        decoded: npt.NDArray[np.generic],
+        chunk: tuple[int, int, int],
+    ) -> SeamSum:
+        """Measure arrays (z, y, x) of one shape that begin with a chunk; not-a-number has no error."""
+        with np.errstate(invalid="ignore"):
+            error = np.nan_to_num(
+                decoded.astype(np.float64) - original.astype(np.float64), posinf=0.0, neginf=0.0
+            )
+        near = np.zeros(error.shape, bool)
+        across, within = ErrorSum(), ErrorSum()
+        for axis, size in enumerate(chunk):
+            step = np.moveaxis(np.diff(error, axis=axis), axis, 0)
+            faces = np.arange(1, error.shape[axis]) % size == 0
+            across += _squares(step[faces])
+            within += _squares(step[~faces])
+            places = np.flatnonzero(faces)
+            np.moveaxis(near, axis, 0)[np.concatenate([places, places + 1])] = True
+        return cls(_squares(error[near]), _squares(error[~near]), across, within)
+
+    def __add__(self, other: SeamSum) -> SeamSum:
+        return SeamSum(
+            self.beside + other.beside,
+            self.inside + other.inside,
+            self.across + other.across,
+            self.within + other.within,
+        )
+
+    @property
+    def error(self) -> float:
+        """Root mean squared error beside faces over that inside; 1 where there are no faces or no errors."""
+        return _root_ratio(self.beside, self.inside)
+
+    @property
+    def step(self) -> float:
+        """Root mean squared step of the error across faces over that within; 1 where there are none."""
+        return _root_ratio(self.across, self.within)
+
+
+def _squares(values: npt.NDArray[np.float64]) -> ErrorSum:
+    return ErrorSum(values.size, float(np.square(values).sum()), float(np.abs(values).max(initial=0.0)))
+
+
+def _root_ratio(found: ErrorSum, against: ErrorSum) -> float:
+    if against.mse > 0.0:
+        return math.sqrt(found.mse / against.mse) if found.voxels else 1.0
+    return math.inf if found.mse > 0.0 else 1.0
+
+
 def psnr_of(mse: float, data_range: float) -> float:
     """PSNR in dB of a mean squared error at `data_range`; infinite for an error of zero."""
     if mse <= 0.0:

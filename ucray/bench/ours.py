@@ -50,6 +50,7 @@ class VolumeCodec:
     """Codes one volume (z, y, x) with given weights; to be used in a `with` statement."""
 
     def __init__(self, volume: Volume, weights: Weights, chunk: Shape3, fill_value: float) -> None:
+        self.chunk = chunk
         offset, scale = normalisation([volume], fill_value)
         self._format = ChunkFormat(chunk, str(volume.dtype), fill_value, offset, scale)
         self._volume = volume

@@ -81,13 +81,15 @@ def report_folder(folder: str) -> Path:
 def to_markdown(bench: Bench, title: str) -> str:
     """Tables of all points and of ucray's BD-rates, and what is missing."""
     lines = [f"# {title}", "", "Speeds in MB of the volume a second, on the threads named.", ""]
+    lines += ["Seams: error beside faces of chunks against inside, its step across against within.", ""]
     lines += [
-        "| codec | read alone | ratio | PSNR | SSIM | encode | decode | threads | |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| codec | read alone | ratio | PSNR | SSIM | seams | encode | decode | threads | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for codec, curve in curves(bench.points).items():
         lines += [
-            f"| {codec} | {p.cut} | {p.ratio:.1f} | {p.psnr:.2f} | {p.ssim:.3f} | {p.encode_speed:.3g} "
+            f"| {codec} | {p.cut} | {p.ratio:.1f} | {p.psnr:.2f} | {p.ssim:.3f} "
+            f"| {p.seam_error:.3f}, {p.seam_step:.3f} | {p.encode_speed:.3g} "
             f"| {p.decode_speed:.3g} | {p.threads} | {p.note} |"
             for p in curve
         ]

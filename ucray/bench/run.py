@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ import numpy.typing as npt
 
 from ucray.bench.ours import PROCESSES, VolumeCodec
 from ucray.bench.peers import PEERS, Peer
-from ucray.bench.samples import Bytes3, Samples, blocks
+from ucray.bench.samples import Samples, blocks
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
-from ucray.grid import Shape3, triple
-from ucray.quality import ErrorSum, ssim
+from ucray.grid import Box, Shape3, triple
+from ucray.quality import ErrorSum, SeamSum, ssim
 
 OURS = {"ucray": "student", "ucray-teacher": "teacher"}
 """Names under which ucray takes part, and the network that decodes."""
@@ -30,7 +31,11 @@ Watch = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Point:
-    """One codec at one setting. Speeds are megabytes of the volume a second, wall clock."""
+    """One codec at one setting. Speeds are megabytes of the volume a second, wall clock.
+
+    `seam_error` and `seam_step` say whether faces of ucray's chunks show (`ucray.quality.SeamSum`); not a
+    number where a codec coded only some of the volume's chunks.
+    """
 
     codec: str
     cut: str
@@ -41,6 +46,8 @@ class Point:
     encode_speed: float
     decode_speed: float
     threads: str
+    seam_error: float
+    seam_step: float
     note: str = ""
 
 
@@ -113,6 +120,7 @@ def _ours(
         quality = codec.quality_for(ratio)
         coded, encoding = _timed(lambda quality=quality: codec.encode(quality))  # type: ignore[misc]
         decoded, decoding = _timed(lambda coded=coded: codec.decode(coded, OURS[name]))  # type: ignore[misc]
+        seams = SeamSum.between(volume, decoded, codec.chunk)
         yield Point(
             name,
             "chunks",
@@ -123,6 +131,8 @@ def _ours(
             volume.nbytes / encoding / 1e6,
             volume.nbytes / decoding / 1e6,
             f"{PROCESSES} processes",
+            seams.error,
+            seams.step,
         )
 
 
@@ -150,22 +160,33 @@ def _peer(
                 peer.decode(d, triple(iter(p.shape))) for d, p in zip(coded, parts, strict=True)
             ]  # type: ignore[misc]
         )
-        error, similar = _distortion(samples, originals, decoded, data_range)
+        back = [samples.back(values) for values in decoded]
+        error, similar = _distortion(originals, back, data_range)
+        seams = (math.nan, math.nan) if note else _seams(volume, boxes, back, chunk)
         yield Point(
             peer.name, peer.cut, setting, ratio, error.psnr(data_range), similar,
-            raw / encoding / 1e6, raw / decoding / 1e6, peer.threads, note,
+            raw / encoding / 1e6, raw / decoding / 1e6, peer.threads, *seams, note,
         )  # fmt: skip
         if ratio > max(ratios):
             return
 
 
+def _seams(
+    volume: Volume, boxes: Sequence[Box], decoded: Sequence[Volume], chunk: Shape3
+) -> tuple[float, float]:
+    whole = np.empty_like(volume)
+    for box, part in zip(boxes, decoded, strict=True):
+        whole[box.slices] = part
+    found = SeamSum.between(volume, whole, chunk)
+    return found.error, found.step
+
+
 def _distortion(
-    samples: Samples, originals: list[Volume], decoded: list[Bytes3], data_range: float
+    originals: Sequence[Volume], decoded: Sequence[Volume], data_range: float
 ) -> tuple[ErrorSum, float]:
     error = ErrorSum()
     similar = 0.0
-    for original, values in zip(originals, decoded, strict=True):
-        back = samples.back(values)
+    for original, back in zip(originals, decoded, strict=True):
         error += ErrorSum.between(original, back)
         similar += ssim(original, back, data_range) * original.size
     return error, similar / error.voxels

@@ -17,7 +17,7 @@ from ucray.codec.bitstream import read_chunk
 from ucray.codec.decoder import ChunkDecoder
 from ucray.errors import ArchiveError, SourceError, UcrayError
 from ucray.grid import Box, Shape3, parse_box
-from ucray.quality import ErrorSum
+from ucray.quality import ErrorSum, SeamSum
 from ucray.storage.archive import ARRAY_KEY, Archive, open_archive, stray_objects
 from ucray.storage.shard import ShardStatistics, shard_key, split
 from ucray.storage.volume import Volume
@@ -37,6 +37,7 @@ class ShardFindings:
     problems: tuple[str, ...]
     statistics: ShardStatistics | None
     measured: ErrorSum | None
+    seams: SeamSum | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Verification:
     `shards` are those that stand there, `checked` those that were looked into, with `chunks`. Where these
     are a random sample and clean, fewer than the share `damaged_below` of all shards are damaged, with
     a confidence of CONFIDENCE. `stored_psnr` follows from the statistics of encoding, `measured_psnr` from
-    decoding the stored bytes and comparing them with the source (None without a source).
+    decoding the stored bytes and comparing them with the source (None without a source). `seam_error` and
+    `seam_step` say whether the faces of chunks show in the error (see SeamSum), by those within shards.
     """
 
     archive: str
@@ -58,6 +60,8 @@ class Verification:
     stored_psnr: float | None
     measured_psnr: float | None
     measured_max_error: float | None
+    seam_error: float | None
+    seam_step: float | None
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -102,7 +106,7 @@ def verify_archive(
     looked_into = present if sample is None else _drawn(present, sample)
     clean = True
     chunks = checked = 0
-    stored, measured = ErrorSum(), ErrorSum()
+    stored, measured, seams = ErrorSum(), ErrorSum(), SeamSum()
     build = partial(_Checker, url, endpoint_url, source, region)
     total = sum(sizes[shard_key(index)] for index in looked_into)
     for findings in over_shards(build, looked_into, serial=serial, workers=workers, worker_cpus=worker_cpus):
@@ -114,6 +118,8 @@ def verify_archive(
             stored += findings.statistics.error
         if findings.measured is not None:
             measured += findings.measured
+        if findings.seams is not None:
+            seams += findings.seams
         LOGGER.debug(
             "shard %s looked into",
             shard_key(findings.index),
@@ -130,6 +136,8 @@ def verify_archive(
         stored_psnr=stored.psnr(settings.data_range) if stored.voxels else None,
         measured_psnr=measured.psnr(settings.data_range) if measured.voxels else None,
         measured_max_error=measured.maximum if measured.voxels else None,
+        seam_error=seams.error if measured.voxels else None,
+        seam_step=seams.step if measured.voxels else None,
         problems=tuple(sorted(problems)),
     )
 
@@ -184,7 +192,7 @@ class _Checker:
     def shard(self, index: Shape3) -> ShardFindings:
         """Check one shard; what is wrong is found, not raised."""
         problems: list[str] = []
-        statistics, measured = None, None
+        statistics, measured, seams = None, None, None
         chunks: dict[int, bytes] = {}
         try:
             data = self._archive.shard(index)
@@ -192,14 +200,14 @@ class _Checker:
             statistics = self._archive.statistics(index, google_crc32c.value(data))
             problems += self._check_chunks(index, chunks, statistics)
             if self._source is not None and not problems:
-                measured = self._measure(index, chunks)
+                measured, seams = self._measure(index, chunks)
                 problems += _differences(statistics.error, measured)
                 bound = self._archive.settings.max_error
                 if bound is not None and measured.maximum > bound:
                     problems.append(f"a voxel is off by {measured.maximum:g}, beyond the bound of {bound:g}")
         except (ArchiveError, SourceError) as error:
             problems.append(str(error))
-        return ShardFindings(index, len(chunks), tuple(problems), statistics, measured)
+        return ShardFindings(index, len(chunks), tuple(problems), statistics, measured, seams)
 
     def _check_chunks(
         self, index: Shape3, chunks: dict[int, bytes], statistics: ShardStatistics
@@ -224,14 +232,14 @@ class _Checker:
                 problems.append(f"chunk {origin} holds the chunk of {chunk.origin}")
         return problems
 
-    def _measure(self, index: Shape3, chunks: dict[int, bytes]) -> ErrorSum:
+    def _measure(self, index: Shape3, chunks: dict[int, bytes]) -> tuple[ErrorSum, SeamSum]:
         assert self._source is not None
         assert self._region is not None
         assert self._decoder is not None
         settings = self._archive.settings
         shard_box = self._grid.shard_box(index)
         original = self._source.read(shard_box.shifted(self._region.start))
-        total = ErrorSum()
+        decoded = np.full(shard_box.shape, settings.stored_fill, settings.dtype)
         places = list(self._grid.chunk_boxes(index))
         present = [(slot, origin) for slot, origin, _ in places if slot in chunks]
         found = self._decoder.decode_many(
@@ -239,14 +247,13 @@ class _Checker:
         )
         decoded_at = {slot: voxels for (slot, _), voxels in zip(present, found, strict=True)}
         corner = shard_box.start
+        total = ErrorSum()
         for slot, _, box in places:
-            within = original[box.shifted((-corner[0], -corner[1], -corner[2])).slices]
+            place = box.shifted((-corner[0], -corner[1], -corner[2])).slices
             if slot in chunks:
-                decoded = decoded_at[slot][Box((0, 0, 0), box.shape).slices]
-            else:
-                decoded = np.full(box.shape, settings.stored_fill, settings.dtype)
-            total += ErrorSum.between(within, decoded)
-        return total
+                decoded[place] = decoded_at[slot][Box((0, 0, 0), box.shape).slices]
+            total += ErrorSum.between(original[place], decoded[place])
+        return total, SeamSum.between(original, decoded, settings.grid.chunk)
 
 
 def _differences(stored: ErrorSum, measured: ErrorSum) -> list[str]:
