@@ -358,6 +358,13 @@ def bench(
             min=1, max=4, help="Coarser levels, averaged from the decoded volume or coded, instead of codecs."
         ),
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="membrane or segmentation: trace --labels in what each codec leaves.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Volume of neurons by number, or of classes (--membrane).")
+    ] = None,
+    membrane: Annotated[str, typer.Option(help="Classes of --labels that are membrane, with commas.")] = "",
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
     select: Select = None,
@@ -365,19 +372,24 @@ def bench(
 ) -> None:
     """Code a volume with ucray and its peers: tables, plots and BD-rates in a folder."""
     from ucray.bench.report import to_markdown
+    from ucray.bench.task import TASK_FILE
     from ucray.cluster.benchmark import (
         LEVELS_FILE,
         STAGES_FILE,
         compare_levels,
+        parse_classes,
         parse_ratios,
         time_stages,
+        trace,
     )
     from ucray.cluster.benchmark import bench as run
     from ucray.cluster.jobs import Connection, load_weights
 
     connection = Connection(endpoint_url, array, select)
-    if (device is not None) + pipeline + (levels is not None) > 1:
-        raise typer.BadParameter("--pipeline, --device and --levels are measurements each; ask for one")
+    if (device is not None) + pipeline + (levels is not None) + (task is not None) > 1:
+        raise typer.BadParameter("--pipeline, --device, --levels, --task: ask for one")
+    if (task is None) != (labels is None):
+        raise typer.BadParameter("--task and --labels go together")
     if pipeline:
         from ucray.cluster.efficiency import measure_pipeline
 
@@ -403,6 +415,27 @@ def bench(
             show({"levels": [dataclasses.asdict(point) for point in compared]}, as_json=as_json)
         else:
             Console().print((Path(output) / LEVELS_FILE).read_text(), markup=False)
+        return
+    if task is not None and labels is not None:
+        with progress(quiet=as_json) as listener:
+            scores = trace(
+                source,
+                labels,
+                output,
+                loaded,
+                task,
+                membrane=parse_classes(membrane),
+                codecs=[name for name in codecs.split(",") if name],
+                ratios=parse_ratios(ratios),
+                roi=roi,
+                chunk=None if chunk is None else parse_shape(chunk),
+                connection=connection,
+                listener=listener,
+            )
+        if as_json:
+            show({"scores": [dataclasses.asdict(score) for score in scores]}, as_json=as_json)
+        else:
+            Console().print((Path(output) / TASK_FILE).read_text(), markup=False)
         return
     with progress(quiet=as_json) as listener:
         found = run(

@@ -13,6 +13,8 @@ from ucray.bench.levels import LevelPoint, levels_to_markdown, measure_levels
 from ucray.bench.report import report_folder, write_report
 from ucray.bench.run import RATIOS, Bench, run_bench
 from ucray.bench.stages import Stage, measure_stages, stages_to_markdown
+from ucray.bench.task import Score, labelled, run_task, write_task
+from ucray.bench.tissue import FLAT
 from ucray.cluster.jobs import Connection
 from ucray.cluster.plan import config_for
 from ucray.cluster.rate import data_range
@@ -42,6 +44,14 @@ def parse_ratios(text: str) -> list[float]:
     if not all(1 < ratio < math.inf for ratio in ratios):
         raise SettingsError(f"--ratios {text}: every ratio must be above 1")
     return ratios
+
+
+def parse_classes(text: str) -> list[int]:
+    """Parse classes of labels with commas between; there may be none."""
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise SettingsError(f"--membrane {text}: not whole numbers with commas between") from None
 
 
 def bench(
@@ -156,6 +166,55 @@ def compare_levels(
     place = report_folder(folder)
     (place / LEVELS_FILE).write_text(levels_to_markdown(points))
     return points
+
+
+def trace(
+    source: str,
+    labels: str,
+    folder: str,
+    weights: Weights | None,
+    task: str,
+    *,
+    membrane: Sequence[int] = (),
+    codecs: Sequence[str] = (),
+    ratios: Sequence[float] = RATIOS,
+    roi: str | None = None,
+    chunk: Shape3 | None = None,
+    connection: Connection = Connection(),
+    listener: Listener = ignore,
+) -> list[Score]:
+    """Measure what can be traced in what codecs leave of a volume; leaves a table and a plot in a folder.
+
+    Parameters
+    ----------
+    labels
+        A volume like the source: neurons by number, or classes of which some are `membrane`.
+
+    Raises
+    ------
+    SettingsError
+        If labels do not fit the volume or the task, or a name is unknown.
+    """
+    volume = connection.open(source)
+    region, voxels = read_region(volume, roi)
+    _, known = read_region(Connection(connection.endpoint_url).open(labels), roi)
+    if weights is None and (name := shipped_for(config_for(volume))) is not None:
+        weights = shipped_weights(name)
+    config = config_for(volume) if weights is None else weights.config
+    thickness = volume.space.scale[0] / min(volume.space.scale)
+    scores = run_task(
+        task,
+        labelled(voxels, known, membrane),
+        weights,
+        chunk or default_chunk(config),
+        flat=thickness >= FLAT,
+        codecs=codecs,
+        ratios=ratios,
+        data_range=data_range([voxels], volume.dtype, volume.fill_value),
+        watch=lambda codec: listener(Event("trace", 0, 1, codec)),
+    )
+    write_task(scores, folder, f"{source.rstrip('/').rpartition('/')[2]} {region}: {task}")
+    return scores
 
 
 def read_region(volume: Volume, roi: str | None) -> tuple[Box, npt.NDArray[np.generic]]:

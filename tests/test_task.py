@@ -1,0 +1,189 @@
+"""Judged by tracing: the pipeline finds what is there, its figures are right, coding costs what it costs."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import zarr
+from scipy import ndimage
+from typer.testing import CliRunner
+
+from ucray.bench.task import ORIGINAL, Labelled, labelled, run_task
+from ucray.bench.tissue import Tracer, f1, information, merged, rand_error
+from ucray.cli import app
+from ucray.codec.shipped import shipped_weights
+from ucray.errors import SettingsError
+
+SHAPE = (48, 128, 64)
+
+
+def cells(seed: int, thickness: float = 2.0) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Cells around random points, dark walls between them, noise; and their numbers."""
+    random = np.random.default_rng(seed)
+    points = np.zeros(SHAPE, bool)
+    points[tuple(random.integers(n, size=90) for n in SHAPE)] = True
+    numbers, _ = ndimage.label(points, np.ones((3, 3, 3)))
+    nearest = ndimage.distance_transform_edt(numbers == 0, return_distances=False, return_indices=True)
+    labels = np.asarray(numbers[tuple(nearest)], np.int64)
+    walls = np.zeros(SHAPE, bool)
+    for axis in range(3):
+        walls |= ndimage.maximum_filter1d(labels, 3, axis) != ndimage.minimum_filter1d(labels, 3, axis)
+    voxels = np.where(walls, 70.0, 160.0)
+    voxels = ndimage.gaussian_filter(voxels, thickness / 2) + random.normal(0, 12, SHAPE)
+    return np.clip(voxels, 1, 255).astype(np.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def known() -> Labelled:
+    return labelled(*cells(1), [])
+
+
+@pytest.fixture(scope="module")
+def tracer(known: Labelled) -> Tracer:
+    return Tracer.trained(known.voxels, known.membrane, known.segments, flat=False, seed=0)
+
+
+def test_figures_of_segments_that_are_right_split_and_merged() -> None:
+    wanted = np.repeat(np.array([1, 2, 0, 3], np.int64), 8).reshape(4, 2, 4)
+    assert information(wanted + 5, wanted) == pytest.approx((0.0, 0.0))
+    assert rand_error(wanted + 5, wanted) == pytest.approx(0.0)
+    halves = wanted * 2 + (np.arange(wanted.size).reshape(wanted.shape) % 2)
+    assert information(halves, wanted) == pytest.approx((1.0, 0.0))
+    one = np.ones_like(wanted)
+    assert information(one, wanted) == pytest.approx((0.0, math.log2(3)))
+    # What no one knows, label 0, may be anything.
+    assert information(np.where(wanted == 0, 77, wanted), wanted) == pytest.approx((0.0, 0.0))
+    # Of all pairs of the 24 known voxels those within the three of 8 are right; none is missed.
+    precision = 3 * 8 * 7 / (24 * 23)
+    assert rand_error(one, wanted) == pytest.approx(1 - 2 * precision / (precision + 1))
+
+
+def test_f1_is_that_of_precision_and_recall() -> None:
+    found, wanted = np.array([1, 1, 1, 0, 0], bool), np.array([1, 0, 0, 1, 0], bool)
+    precision, recall = 1 / 3, 1 / 2
+    assert f1(found, wanted) == pytest.approx(2 * precision * recall / (precision + recall))
+    assert f1(~found & found, wanted) == 0.0
+
+
+def test_fragments_are_joined_over_weak_borders_alone() -> None:
+    """In a row of four with borders of 0.1, 0.9 and 0.2; a border of several heights counts by their mean."""
+    fragments = np.repeat(np.arange(1, 5), 4)[None, None].repeat(3, 0).repeat(3, 1)
+    probability = np.zeros(fragments.shape, np.float32)
+    for place, height in ((4, 0.1), (8, 0.9), (12, 0.2)):
+        probability[:, :, place - 1 : place + 1] = height
+    found = merged(fragments.astype(np.int64), probability, 0.5)
+    first, second, third, fourth = (found[0, 0, place] for place in (0, 5, 9, 15))
+    assert first == second != third == fourth
+    assert len(np.unique(merged(fragments.astype(np.int64), probability, 0.05))) == 4
+    assert len(np.unique(merged(fragments.astype(np.int64), probability, 0.95))) == 1
+
+
+def test_what_was_learnt_holds_on_other_cells(tracer: Tracer) -> None:
+    voxels, labels = cells(2)
+    other = labelled(voxels, labels, [])
+    probability = tracer.membranes(voxels)
+    assert f1(probability > tracer.threshold, other.membrane) > 0.8
+    segments = tracer.segments(probability)
+    assert sum(information(segments, labels)) < 1.0
+    assert rand_error(segments, labels) < 0.15
+    # The same again, and on a voxel format of another range.
+    np.testing.assert_array_equal(tracer.membranes(voxels), probability)
+
+
+def test_blurred_walls_are_found_less_well(tracer: Tracer) -> None:
+    voxels, labels = cells(2)
+    other = labelled(voxels, labels, [])
+    blurred = ndimage.gaussian_filter(voxels.astype(float), 3.0)
+    sharp, dull = (f1(tracer.membranes(v) > tracer.threshold, other.membrane) for v in (voxels, blurred))
+    assert dull < sharp - 0.1
+
+
+def test_codecs_are_compared_with_the_original(known: Labelled) -> None:
+    scores = run_task(
+        "segmentation",
+        known,
+        shipped_weights("em-fib-v1"),
+        (64, 64, 64),
+        flat=False,
+        codecs=["ucray", "jpegxl"],
+        ratios=[8.0, 128.0],
+        data_range=255.0,
+    )
+    by_name = {(s.codec, s.wanted, s.figure): s for s in scores}
+    for figure in ("f1", "vi_split", "vi_merge", "rand_error"):
+        (original,) = (s for s in scores if (s.codec, s.figure) == (ORIGINAL, figure))
+        assert (original.loss, original.low, original.high) == (0.0, 0.0, 0.0)
+        for score in scores:
+            if score.figure == figure and score.codec != ORIGINAL:
+                assert score.value - original.value == pytest.approx(score.loss)
+                assert score.low <= score.loss <= score.high
+    fine, coarse = (by_name["ucray", ratio, "f1"] for ratio in (8.0, 128.0))
+    assert fine.psnr > coarse.psnr
+    assert abs(fine.loss) < abs(coarse.loss)
+    assert coarse.high < 0.0
+    # Peers spend no fewer bytes than were asked for.
+    assert by_name["jpegxl", 8.0, "f1"].ratio <= 8.0
+
+
+def test_classes_give_membranes_alone() -> None:
+    voxels, labels = cells(3)
+    classes = np.where(labels % 2 == 0, 32, 255)
+    known = labelled(voxels, classes, [32, 96])
+    assert known.segments is None
+    np.testing.assert_array_equal(known.membrane, labels % 2 == 0)
+    with pytest.raises(SettingsError, match="labels of neurons"):
+        run_task("segmentation", known, None, (64, 64, 64), flat=False, ratios=[8.0], data_range=255.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "membrane"], "go together"),
+        (["--labels", "L"], "go together"),
+        (["--task", "membrane", "--labels", "L", "--pipeline"], "ask for one"),
+        (["--task", "synapses", "--labels", "LABELS"], "--task synapses: choose from membrane, segmentation"),
+        (["--task", "membrane", "--labels", "LABELS", "--membrane", "a"], "--membrane a"),
+        (["--task", "membrane", "--labels", "LABELS", "--membrane", "9999"], "no membranes"),
+        (["--task", "membrane", "--labels", "LABELS", "--codecs", "h264"], "--codecs h264"),
+        (["--task", "membrane", "--labels", "SMALL"], "--labels has shape"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+    voxels, labels = cells(4)
+    places = {"LABELS": str(tmp_path / "labels.zarr"), "SMALL": str(tmp_path / "small.zarr")}
+    for name, array in (
+        ("em", voxels),
+        ("labels", labels.astype(np.uint16)),
+        ("small", labels[:9].astype(np.uint16)),
+    ):
+        zarr.create_array(tmp_path / f"{name}.zarr", data=array)
+    given = [places.get(argument, argument) for argument in arguments]
+    result = CliRunner().invoke(
+        app, ["bench", str(tmp_path / "em.zarr"), "-o", str(tmp_path / "out"), *given], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code != 0
+    assert message in (str(result.exception) + result.output)
+    assert not (tmp_path / "out" / "task.md").exists()
+
+
+def test_the_command_leaves_a_table_and_a_plot(tmp_path: Path) -> None:
+    voxels, labels = cells(1)
+    for name, array in (("em", voxels), ("labels", labels.astype(np.uint16))):
+        zarr.create_array(tmp_path / f"{name}.zarr", data=array)
+    out = tmp_path / "out"
+    command = ["bench", str(tmp_path / "em.zarr"), "-o", str(out), "--weights", "em-fib-v1", "--json"]
+    command += ["--task", "membrane", "--labels", str(tmp_path / "labels.zarr")]
+    result = CliRunner().invoke(app, [*command, "--codecs", "ucray", "--ratios", "32"])
+    assert result.exit_code == 0, result.output
+    with (out / "task.csv").open() as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    assert [(row["codec"], row["figure"]) for row in rows] == [(ORIGINAL, "f1"), ("ucray", "f1")]
+    assert float(rows[1]["ratio"]) == pytest.approx(32, rel=0.1)
+    assert (out / "task.md").read_text().count("| ucray |") == 1
+    assert (out / "task.png").stat().st_size > 10_000

@@ -1,0 +1,291 @@
+"""Whether what a codec leaves can still be traced: membranes and neurons found in it against those of labels.
+
+The half of the volume that a tracer learns from is never coded; every codec codes the other half.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ucray.bench.ours import VolumeCodec
+from ucray.bench.peers import PEERS, Peer
+from ucray.bench.report import report_folder
+from ucray.bench.run import OURS
+from ucray.bench.samples import Samples, blocks
+from ucray.bench.tissue import Labels, Tracer, Volume, f1, information, rand_error
+from ucray.codec.weights import Weights
+from ucray.errors import SettingsError
+from ucray.grid import Box, Shape3, triple
+from ucray.quality import ErrorSum
+
+TASKS = {"membrane": ("f1",), "segmentation": ("f1", "vi_split", "vi_merge", "rand_error")}
+"""Figures of each task."""
+
+TASK_FILE = "task.md"
+ORIGINAL = "original"
+CODECS = ("ucray", "x265", "av1", "jpegxl", "avif", "jpeg")
+"""Who takes part unless told otherwise."""
+
+SEED = 0
+DRAWS = 2000
+"""Of blocks with replacement, for the intervals."""
+
+BLOCKS = (2, 2, 2)
+"""Parts of the tested half along each axis; figures are means over them."""
+
+Watch = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of one codec: its mean over blocks, and the same less the original's with a 95 % interval.
+
+    `ratio` and `psnr` are those of the coded half.
+    """
+
+    codec: str
+    wanted: float
+    ratio: float
+    psnr: float
+    figure: str
+    value: float
+    loss: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A volume (z, y, x) with its membranes, and its neurons where they are known (0: unknown)."""
+
+    voxels: Volume
+    membrane: npt.NDArray[np.bool_]
+    segments: Labels | None
+
+    def part(self, box: Box) -> Labelled:
+        """A part of it."""
+        segments = None if self.segments is None else self.segments[box.slices]
+        return Labelled(self.voxels[box.slices], self.membrane[box.slices], segments)
+
+
+def labelled(volume: Volume, labels: npt.NDArray[np.generic], membrane: Sequence[int]) -> Labelled:
+    """A volume and its labels: classes of which some are `membrane`, or else neurons.
+
+    Between neurons, and where there is none, is membrane.
+
+    Raises
+    ------
+    SettingsError
+        If the shapes differ, or labels hold no membrane.
+    """
+    from skimage.segmentation import find_boundaries
+
+    if labels.shape != volume.shape:
+        raise SettingsError(f"--labels has shape {labels.shape}, the volume {volume.shape}")
+    if membrane:
+        found, segments = np.isin(labels, membrane), None
+    else:
+        segments = labels.astype(np.int64)
+        found = find_boundaries(segments, mode="thick") | (segments == 0)  # type: ignore[no-untyped-call]
+    if not found.any() or found.all():
+        raise SettingsError("--labels holds no membranes, or nothing else")
+    return Labelled(volume, found, segments)
+
+
+def run_task(
+    task: str,
+    given: Labelled,
+    weights: Weights | None,
+    chunk: Shape3,
+    *,
+    flat: bool,
+    codecs: Sequence[str] = (),
+    ratios: Sequence[float],
+    data_range: float,
+    watch: Watch = lambda codec: None,
+) -> list[Score]:
+    """Learn on one half along y, code the other with every codec, and trace in what comes back.
+
+    A peer is taken at its coarsest setting that spends no fewer bytes than `ratios` ask for. `flat`
+    says that sections are thick.
+
+    Raises
+    ------
+    SettingsError
+        If a task or codec is unknown, or neurons are wanted and there are none.
+    """
+    if task not in TASKS:
+        raise SettingsError(f"--task {task}: choose from {', '.join(TASKS)}")
+    if task == "segmentation" and given.segments is None:
+        raise SettingsError("--task segmentation wants labels of neurons, not classes (--membrane)")
+    chosen = tuple(codecs) or CODECS
+    if unknown := sorted(set(chosen) - {*OURS, *PEERS}):
+        raise SettingsError(f"--codecs {','.join(unknown)}: not known")
+    shape = triple(iter(given.voxels.shape))
+    half = shape[1] // 2
+    learnt = given.part(Box((0, 0, 0), (shape[0], half, shape[2])))
+    tested = given.part(Box((0, half, 0), shape))
+    watch("learning")
+    segments = learnt.segments if task == "segmentation" else None
+    tracer = Tracer.trained(learnt.voxels, learnt.membrane, segments, flat=flat, seed=SEED)
+    watch(ORIGINAL)
+    before = _figures(task, tracer, tested, tested.voxels)
+    scores = list(_scores(ORIGINAL, math.nan, 1.0, math.inf, before, before))
+    for name in chosen:
+        watch(name)
+        for wanted, ratio, decoded in _decoded(name, tested.voxels, weights, chunk, ratios):
+            found = _figures(task, tracer, tested, decoded)
+            psnr = ErrorSum.between(tested.voxels, decoded).psnr(data_range)
+            scores += _scores(name, wanted, ratio, psnr, found, before)
+    return scores
+
+
+def _decoded(
+    name: str, volume: Volume, weights: Weights | None, chunk: Shape3, ratios: Sequence[float]
+) -> Iterator[tuple[float, float, Volume]]:
+    """Ratio asked for, ratio, and voxels of a codec; nothing of one that is missing here."""
+    if name in OURS:
+        if weights is None:
+            return
+        with VolumeCodec(volume, weights, chunk, math.nan) as codec:
+            for wanted in ratios:
+                coded = codec.encode(codec.quality_for(wanted))
+                yield wanted, volume.nbytes / coded.nbytes, codec.decode(coded, OURS[name])
+    elif PEERS[name].missing() is None:
+        yield from _peer(PEERS[name], volume, chunk, ratios)
+
+
+def _peer(
+    peer: Peer, volume: Volume, chunk: Shape3, ratios: Sequence[float]
+) -> Iterator[tuple[float, float, Volume]]:
+    samples = Samples.of(volume)
+    shape = triple(iter(volume.shape))
+    boxes = list(blocks(shape, chunk if peer.cut == "chunks" else shape))
+    coded = {}
+    for setting in peer.settings:
+        parts = [peer.encode(np.ascontiguousarray(samples.values[box.slices]), setting) for box in boxes]
+        coded[volume.nbytes / sum(map(len, parts))] = parts
+        if max(coded) > max(ratios):
+            break
+    for wanted in ratios:
+        if (within := [ratio for ratio in coded if ratio <= wanted]) and max(coded) >= wanted:
+            decoded = np.empty_like(samples.values)
+            for box, data in zip(boxes, coded[max(within)], strict=True):
+                decoded[box.slices] = peer.decode(data, triple(iter(box.shape)))
+            yield wanted, max(within), samples.back(decoded).astype(volume.dtype)
+
+
+def _figures(task: str, tracer: Tracer, tested: Labelled, voxels: Volume) -> npt.NDArray[np.float64]:
+    """Figures (blocks, figures) of a task in voxels that stand for those of `tested`."""
+    probability = tracer.membranes(voxels)
+    segments = tracer.segments(probability) if task == "segmentation" else None
+    shape = triple(iter(voxels.shape))
+    size = triple(max(1, -(-n // b)) for n, b in zip(shape, BLOCKS, strict=True))
+    rows = []
+    for box in blocks(shape, size):
+        part = tested.part(box)
+        row = [f1(probability[box.slices] > tracer.threshold, part.membrane)]
+        if segments is not None and part.segments is not None:
+            here = segments[box.slices]
+            row += [*information(here, part.segments), rand_error(here, part.segments)]
+        rows.append(row)
+    return np.array(rows)
+
+
+def _scores(
+    codec: str,
+    wanted: float,
+    ratio: float,
+    psnr: float,
+    found: npt.NDArray[np.float64],
+    before: npt.NDArray[np.float64],
+) -> Iterator[Score]:
+    """Means, and what changes against the original; each block is compared with itself."""
+    random = np.random.default_rng(SEED)
+    drawn = random.integers(len(found), size=(DRAWS, len(found)))
+    names = TASKS["segmentation"][: found.shape[1]]
+    for number, name in enumerate(names):
+        lost = found[:, number] - before[:, number]
+        low, high = np.quantile(lost[drawn].mean(axis=1), [0.025, 0.975])
+        yield Score(
+            codec, wanted, ratio, psnr, name, float(found[:, number].mean()), float(lost.mean()), float(low),
+            float(high),
+        )  # fmt: skip
+
+
+def write_task(scores: Sequence[Score], folder: str, title: str) -> Path:
+    """Write task.csv, task.md and task.png into a folder; the path of the table."""
+    place = report_folder(folder)
+    with (place / "task.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in dataclasses.fields(Score)])
+        writer.writerows(dataclasses.astuple(score) for score in scores)
+    table = place / TASK_FILE
+    table.write_text(task_to_markdown(scores, title))
+    _plot(scores, place / "task.png", title)
+    return table
+
+
+def task_to_markdown(scores: Sequence[Score], title: str) -> str:
+    """A table with a row for each codec and ratio, and a column for each figure."""
+    names = list(dict.fromkeys(score.figure for score in scores))
+    lines = [
+        f"# {title}",
+        "",
+        f"Means over {math.prod(BLOCKS)} blocks of the half that was not learnt from; in brackets what "
+        "changes against the original, with its 95 % interval over blocks.",
+        "",
+        "| codec | ratio | PSNR | " + " | ".join(names) + " |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
+    rows: dict[tuple[str, float, float], list[Score]] = {}
+    for score in scores:
+        rows.setdefault((score.codec, score.ratio, score.psnr), []).append(score)
+    for (codec, ratio, psnr), row in rows.items():
+        cells = [
+            f"{s.value:.4f}"
+            + ("" if codec == ORIGINAL else f" ({s.loss:+.4f}; {s.low:+.4f} to {s.high:+.4f})")
+            for s in row
+        ]
+        shown = "" if codec == ORIGINAL else f"{psnr:.2f}"
+        lines.append(f"| {codec} | {ratio:.1f} | {shown} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _plot(scores: Sequence[Score], file: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(score.figure for score in scores))
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes[0], names, strict=True):
+        mine = [score for score in scores if score.figure == name]
+        for codec in dict.fromkeys(score.codec for score in mine):
+            curve = sorted((s for s in mine if s.codec == codec), key=lambda s: s.ratio)
+            if codec == ORIGINAL:
+                axis.axhline(curve[0].value, color="black", linestyle=":", label=codec)
+                continue
+            axis.plot(
+                [s.ratio for s in curve], [s.value for s in curve], marker="o", markersize=4, label=codec
+            )
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_xlabel("ratio")
+        axis.set_title(name)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)

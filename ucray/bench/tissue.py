@@ -1,0 +1,183 @@
+"""Membranes and neurons in a volume, by a fixed and seeded pipeline of well-kept libraries.
+
+::
+
+    volume --scikit-image features--> random forest --> membrane probability
+                                                              |
+               seeds far from membranes --watershed--> fragments --merged over weak borders--> segments
+
+It learns from original voxels and their labels alone, and is then applied to what codecs make of others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Volume = npt.NDArray[np.generic]
+Probability = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+SIGMAS = (1.0, 4.0, 3)
+"""Smallest and largest scale of the features in voxels, and how many."""
+
+TREES, DEPTH, LEAF = 30, 14, 10
+SAMPLES = 60_000
+"""Voxels of each class that the forest learns from."""
+
+MERGES = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
+"""Mean membrane probability of a border below which fragments are one; the best where it learns is taken."""
+
+SEED_DISTANCE = 2.0
+"""Voxels from the nearest membrane that a seed keeps."""
+
+FLAT = 2.0
+"""Sections that are so many times as thick as their pixels are looked at one by one."""
+
+
+@dataclass(frozen=True)
+class Tracer:
+    """What was learnt: a forest, the probability from which a voxel is membrane, and where borders are weak.
+
+    `flat` says that features are those of single sections. `merge` is None where no segments were learnt.
+    """
+
+    forest: Any
+    offset: float
+    scale: float
+    threshold: float
+    merge: float | None
+    flat: bool
+
+    @classmethod
+    def trained(
+        cls,
+        volume: Volume,
+        membrane: npt.NDArray[np.bool_],
+        segments: Labels | None,
+        *,
+        flat: bool,
+        seed: int,
+    ) -> Tracer:
+        """Learn from original voxels (z, y, x), their membranes, and neurons, if known (0: unknown)."""
+        from sklearn.ensemble import RandomForestClassifier
+
+        random = np.random.default_rng(seed)
+        offset, scale = float(volume.mean()), float(volume.std()) or 1.0
+        features = _features(_normalised(volume, offset, scale), flat).reshape(volume.size, -1)
+        wanted = membrane.reshape(-1)
+        drawn = [
+            random.choice(found, min(SAMPLES, len(found)), replace=False)
+            for found in (np.flatnonzero(wanted), np.flatnonzero(~wanted))
+        ]
+        places = np.concatenate(drawn)
+        forest = RandomForestClassifier(
+            TREES, max_depth=DEPTH, min_samples_leaf=LEAF, random_state=seed, n_jobs=-1
+        ).fit(features[places], wanted[places])
+        found = _probability(forest, features).reshape(volume.shape)
+        levels = np.linspace(0.05, 0.95, 19)
+        threshold = float(max(levels, key=lambda level: f1(found > level, membrane)))
+        tracer = cls(forest, offset, scale, threshold, None, flat)
+        if segments is None:
+            return tracer
+        merge = min(MERGES, key=lambda level: sum(information(tracer.segments(found, level), segments)))
+        return cls(forest, offset, scale, threshold, merge, flat)
+
+    def membranes(self, volume: Volume) -> Probability:
+        """Probability that a voxel is membrane."""
+        features = _features(_normalised(volume, self.offset, self.scale), self.flat)
+        return _probability(self.forest, features.reshape(volume.size, -1)).reshape(volume.shape)
+
+    def segments(self, probability: Probability, merge: float | None = None) -> Labels:
+        """Neurons, numbered from 1."""
+        from scipy import ndimage
+        from skimage.segmentation import watershed
+
+        merge = self.merge if merge is None else merge
+        assert merge is not None
+        away = ndimage.distance_transform_edt(probability < self.threshold)
+        smooth = ndimage.gaussian_filter(away, 1.0)
+        peaks = (smooth == ndimage.maximum_filter(smooth, 5)) & (away >= SEED_DISTANCE)
+        seeds, count = ndimage.label(peaks, np.ones((3, 3, 3)))
+        if count == 0:
+            return np.ones(probability.shape, np.int64)
+        fragments = watershed(probability - 0.01 * smooth.astype(np.float32), seeds)  # type: ignore[no-untyped-call]
+        return merged(np.asarray(fragments, np.int64), probability, merge)
+
+
+def merged(fragments: Labels, probability: Probability, merge: float) -> Labels:
+    """Fragments joined, weakest border first, while a border's mean membrane probability is below `merge`."""
+    from skimage import graph
+
+    borders = graph.rag_boundary(fragments, probability)  # type: ignore[no-untyped-call]
+    joined = graph.merge_hierarchical(  # type: ignore[no-untyped-call]
+        fragments,
+        borders,
+        thresh=merge,
+        rag_copy=False,
+        in_place_merge=True,
+        merge_func=lambda borders, gone, kept: None,
+        weight_func=_joined_border,
+    )
+    return np.asarray(joined, np.int64)
+
+
+def _joined_border(borders: Any, gone: int, kept: int, other: int) -> dict[str, float]:
+    """The border of two fragments that become one with a third: the mean over both."""
+    nothing = {"weight": 0.0, "count": 0}
+    one, two = (borders[fragment].get(other, nothing) for fragment in (gone, kept))
+    count = one["count"] + two["count"]
+    return {"count": count, "weight": (one["weight"] * one["count"] + two["weight"] * two["count"]) / count}
+
+
+def f1(found: npt.NDArray[np.bool_], wanted: npt.NDArray[np.bool_]) -> float:
+    """Harmonic mean of precision and recall."""
+    both = float((found & wanted).sum())
+    return 2 * both / max(float(found.sum() + wanted.sum()), 1.0)
+
+
+def information(found: Labels, wanted: Labels) -> tuple[float, float]:
+    """Variation of information, split and merge, in bits (Meila 2007), where `wanted` is not 0."""
+    from skimage.metrics import variation_of_information
+
+    merge, split = variation_of_information(*_known(found, wanted))  # type: ignore[no-untyped-call]
+    return float(split), float(merge)
+
+
+def rand_error(found: Labels, wanted: Labels) -> float:
+    """Adapted Rand error (Arganda-Carreras et al. 2015), where `wanted` is not 0."""
+    from skimage.metrics import adapted_rand_error
+
+    error, _, _ = adapted_rand_error(*reversed(_known(found, wanted)))  # type: ignore[no-untyped-call]
+    return float(error)
+
+
+def _known(found: Labels, wanted: Labels) -> tuple[Labels, Labels]:
+    known = wanted > 0
+    return found[known], wanted[known]
+
+
+def _normalised(volume: Volume, offset: float, scale: float) -> npt.NDArray[np.float32]:
+    return ((volume.astype(np.float32) - np.float32(offset)) / np.float32(scale)).astype(np.float32)
+
+
+def _features(volume: npt.NDArray[np.float32], flat: bool) -> npt.NDArray[np.float32]:
+    """Features (z, y, x, features)."""
+    from skimage.feature import multiscale_basic_features
+
+    low, high, count = SIGMAS
+
+    def of(part: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        found = multiscale_basic_features(  # type: ignore[no-untyped-call]
+            part, sigma_min=low, sigma_max=high, num_sigma=count, texture=True
+        )
+        return np.asarray(found, np.float32)
+
+    return np.stack([of(section) for section in volume]) if flat else of(volume)
+
+
+def _probability(forest: Any, features: npt.NDArray[np.float32]) -> Probability:
+    return np.asarray(forest.predict_proba(features)[:, 1], np.float32)
