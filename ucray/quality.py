@@ -26,8 +26,9 @@ class ErrorSum:
         # Infinity less itself is not a number; it is set right below.
         with np.errstate(invalid="ignore"):
             difference = original.astype(np.float64) - decoded.astype(np.float64)
-        both_nan = np.isnan(original.astype(np.float64)) & np.isnan(decoded.astype(np.float64))
-        difference[both_nan | (original == decoded)] = 0.0
+        if np.issubdtype(original.dtype, np.floating) or np.issubdtype(decoded.dtype, np.floating):
+            both_nan = np.isnan(original.astype(np.float64)) & np.isnan(decoded.astype(np.float64))
+            difference[both_nan | (original == decoded)] = 0.0
         return cls(
             voxels=int(difference.size),
             squared=float(np.sum(difference * difference)),

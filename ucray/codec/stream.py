@@ -20,6 +20,9 @@ from ucray.grid import Shape3
 
 LARGEST_SYMBOL = 32767
 
+SMALLEST = 0.5
+"""Of a step: what is smaller is rounded to zero, but for a mean that says otherwise."""
+
 PASS_BITS = 8.0
 """What a pass has to be worth beyond its own bits: it takes a decoder's time."""
 
@@ -60,7 +63,7 @@ class StreamModel:
         walk = Walk(self.context, codes, quality)
         step = self.context.step[quality]
         tables, values, gains = [], [], []
-        for part in self.context.passes:
+        for part in self.context.passes[: self._last_pass(walk, latents, step)]:
             mean, table = walk.predict(part)
             uncoded = walk.rows(part, latents) / step[part.first : part.last]
             scaled = uncoded - mean / step[part.first : part.last]
@@ -110,6 +113,14 @@ class StreamModel:
             walk.put(part, mean, reader.symbols(table.reshape(-1)).reshape(table.shape))
         reader.finish()
         return CodedLatents(codes, walk.latents, quality)
+
+    def _last_pass(self, walk: Walk, latents: npt.NDArray[np.float32], step: npt.NDArray[np.int32]) -> int:
+        """How many passes hold all latents that are not rounded to zero: no later one is worth a look."""
+        large = [
+            bool((np.abs(walk.rows(part, latents)) > SMALLEST * step[part.first : part.last]).any())
+            for part in self.context.passes
+        ]
+        return len(large) - large[::-1].index(True) if any(large) else 0
 
     def _rounded(self, scaled: npt.NDArray[np.float64], tables: Tables) -> npt.NDArray[np.int16]:
         """Of two neighbouring symbols the one with the lower squared error + SLOPE * bits."""
