@@ -82,6 +82,7 @@ def measure_stages(
             return _fastest(run, place) / batch
 
     wavelet = on_device(lambda: analysis.wavelet(x))
+    filtering = 0.0 if synthesis.postfilter is None else on_device(lambda: synthesis.filtered(x, qualities))
     found = [
         ("wavelet", device, wavelet),
         ("analysis", device, max(on_device(lambda: analysis(x, qualities)) - wavelet, 0.0)),
@@ -90,7 +91,8 @@ def measure_stages(
         ("entropy coding", "one core", _fastest(lambda: stream.encode(symbols), place)),
         ("context and entropy decoding", "one core", _fastest(
             lambda: stream.decode(words, escapes, grid, quality, len(symbols.tables)), place)),
-        ("synthesis", device, on_device(lambda: synthesis(y_hat, side, qualities))),
+        ("synthesis", device, on_device(lambda: synthesis(y_hat, side, qualities)) - filtering),
+        *([] if synthesis.postfilter is None else [("post-filter", device, filtering)]),
     ]  # fmt: skip
     size = chunk_format.nbytes
     return [Stage(name, where, 1e3 * seconds, size / seconds / 1e6) for name, where, seconds in found]
