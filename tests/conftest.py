@@ -19,7 +19,7 @@ from ucray.codec.conditioning import QualityAffine
 from ucray.codec.linear import start_linear
 from ucray.codec.network import Analysis, Synthesis, synthesis_of
 from ucray.codec.weights import Weights
-from ucray.config import AnalysisConfig, CodecConfig, SynthesisConfig
+from ucray.config import AnalysisConfig, CodecConfig, FilterConfig, SynthesisConfig
 from ucray.grid import Shape3, triple
 from ucray.training.calibrate import freeze, to_weights
 from ucray.training.loss import Coder
@@ -53,6 +53,11 @@ TINY = CodecConfig(
 )
 """Isotropic: 16 x 16 x 16 voxels a code."""
 
+TINY_FILTERED = msgspec.structs.replace(
+    TINY, teacher_filter=FilterConfig(width=12, layers=4), student_filter=FilterConfig(width=8, layers=3)
+)
+"""With post-filters: weights of version 2."""
+
 TINY_ANISOTROPIC = msgspec.structs.replace(TINY, levels=(0, 2, 2), latent_stride=(1, 2, 2))
 """For thick slices: 2 x 16 x 16 voxels a code."""
 
@@ -73,6 +78,12 @@ def smooth_volume() -> SmoothVolume:
 def tiny_weights() -> Weights:
     """Untrained weights of `TINY` whose every part does something; the same on every call."""
     return build_weights(TINY, seed=1)
+
+
+@pytest.fixture(scope="session")
+def filtered_weights() -> Weights:
+    """Like `tiny_weights`, for `TINY_FILTERED`."""
+    return build_weights(TINY_FILTERED, seed=3)
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +142,8 @@ def build_weights(config: CodecConfig, seed: int) -> Weights:
             # Corrections start at zero; a test could not see whether they are computed at all.
             for layer in (synthesis.correct, synthesis.inr.value):
                 layer.weight.normal_(std=0.05)
+            if synthesis.postfilter is not None:
+                synthesis.postfilter.leave.weight.normal_(std=0.1)
         coder.analysis.correct.weight.normal_(std=0.01)
         for part in (coder.analysis, teacher, student):
             for module in part.modules():

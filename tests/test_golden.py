@@ -1,4 +1,4 @@
-"""Golden archives of format version 1: whatever ucray becomes, these decode to what they did when made.
+"""Golden archives of each version: whatever ucray becomes, these decode to what they did when made.
 
 `tests/golden/make.py` made them, once. Voxels of networks are arithmetic in floats: another machine may round
 one of them differently, networks in bfloat16 a little more; FORMAT.md states by how much. The rest is exact.
@@ -23,15 +23,15 @@ from ucray.grid import triple
 from ucray.storage.archive import open_archive
 from ucray.storage.shard import split
 
-VERSION_1 = Path(__file__).parent / "golden" / "v1"
+GOLDEN = Path(__file__).parent / "golden"
 
 EXACT = {"bounded": 4046131818, "lossless": 163987942}
 """CRC-32C of an archive's voxels, row-major."""
 
-LATENTS = {"networks": 3303943537, "linear": 3066869082}
+LATENTS = {"networks": 3303943537, "linear": 3066869082, "filtered": 2360163663}
 """CRC-32C of all whole latents of an archive, int64, chunk by chunk."""
 
-KINDS = {"networks": set(Kind) - {Kind.BOUNDED}, "linear": set(Kind) - {Kind.BOUNDED}}
+KINDS = dict.fromkeys(LATENTS, set(Kind) - {Kind.BOUNDED})
 KINDS |= dict.fromkeys(EXACT, set(Kind) - {Kind.NEURAL})
 
 LARGEST_DIFFERENCE = 1
@@ -43,21 +43,27 @@ LARGEST_IN_BF16 = 2
 """Grey levels."""
 
 
+def place_of(name: str) -> Path:
+    """Where an archive stands: names differ between versions."""
+    (place,) = GOLDEN.glob(f"v*/{name}")
+    return place
+
+
 def voxels_of(name: str) -> npt.NDArray[np.uint8]:
     """The volume that an archive decoded to when it was made."""
-    found: npt.NDArray[np.uint8] = np.load(VERSION_1 / f"{name}.npz")["voxels"]
+    found: npt.NDArray[np.uint8] = np.load(place_of(name).with_suffix(".npz"))["voxels"]
     return found
 
 
 def decoded(name: str) -> npt.NDArray[Any]:
     """The volume that an archive decodes to now, through zarr."""
-    array: Any = zarr.open_array(f"{VERSION_1 / name}/0", mode="r")
+    array: Any = zarr.open_array(f"{place_of(name)}/0", mode="r")
     return np.asarray(array[:])
 
 
 def chunks_of(name: str) -> list[bytes]:
     """All chunks of an archive, in the order of shards and slots."""
-    archive = open_archive(str(VERSION_1 / name), None)
+    archive = open_archive(str(place_of(name)), None)
     grid = archive.settings.grid
     shards = [split(archive.shard(index), grid) for index in grid.shard_indices()]
     return [shard[slot] for shard in shards for slot in sorted(shard)]
@@ -81,7 +87,7 @@ def test_bounded_archives_are_exact(name: str, threads: int) -> None:
 
 @pytest.mark.parametrize("name", sorted(LATENTS))
 def test_latents_are_exact(name: str) -> None:
-    archive = open_archive(str(VERSION_1 / name), None)
+    archive = open_archive(str(place_of(name)), None)
     weights = archive.codec.weights
     digest = bytes.fromhex(weights.stream_digest)
     grid = triple(n // s for n, s in zip(archive.settings.chunk, weights.config.stride, strict=True))
@@ -103,7 +109,7 @@ def test_voxels_of_networks_are_the_same_but_for_rounding(name: str, threads: in
 
 @pytest.mark.parametrize("name", sorted(LATENTS))
 def test_networks_in_bfloat16_stay_within_what_is_stated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = open_archive(str(VERSION_1 / name), None)
+    archive = open_archive(str(place_of(name)), None)
     chunks = chunks_of(name)
     decoder = ChunkDecoder(archive.codec.weights, archive.settings.chunk_format)
     # oneDNN has bfloat16 on few processors, PyTorch itself on all.
@@ -116,10 +122,10 @@ def test_networks_in_bfloat16_stay_within_what_is_stated(name: str, monkeypatch:
 
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_they_hold_every_kind_of_chunk_and_are_clean(name: str) -> None:
-    archive = open_archive(str(VERSION_1 / name), None)
+    archive = open_archive(str(place_of(name)), None)
     digest = bytes.fromhex(archive.codec.weights.stream_digest)
     chunks = [read_chunk(data, digest) for data in chunks_of(name)]
     assert {chunk.kind for chunk in chunks} >= KINDS[name] - {Kind.RAW}
     assert any(chunk.mask for chunk in chunks)
     assert all(isinstance(c.body, BoundedBody) == (c.kind is Kind.BOUNDED) for c in chunks)
-    assert ucray.verify(str(VERSION_1 / name), serial=True).clean
+    assert ucray.verify(str(place_of(name)), serial=True).clean

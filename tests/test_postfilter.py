@@ -40,7 +40,6 @@ from ucray.training.tiles import TileSampler, prepare_tiles
 from ucray.zarr_codec import UcrayCodec
 
 SIZES = FilterConfig(width=8, layers=3)
-FILTERED = replace(TINY, teacher_filter=FilterConfig(12, 4), student_filter=SIZES)
 CHUNK = (32, 32, 32)
 
 
@@ -54,18 +53,6 @@ def stirred(module: torch.nn.Module) -> None:
                 part.shift.normal_(std=0.05)
             if isinstance(part, PostFilter):
                 part.leave.weight.normal_(std=0.1)
-
-
-@pytest.fixture(scope="module")
-def weights() -> Weights:
-    """Tiny weights with post-filters that change what they see."""
-    plain = build_weights(TINY, seed=1)
-    trainer = Trainer(FILTERED, TrainingConfig(teacher_steps=1, student_steps=1), start=plain)
-    for decoder in (trainer.teacher, trainer.student):
-        stirred(decoder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ucray.training.prune.TOLERANCE", -np.inf)
-        return trainer.finish([torch.from_numpy(smooth_volume_of(CHUNK, 2))[None, None]], {})
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_ANISOTROPIC], ids=["isotropic", "anisotropic"])
@@ -108,51 +95,53 @@ def test_one_chunk_is_filtered_as_among_others() -> None:
     assert (network(x, quality.flip(0)) - both).abs().max() > 0.01
 
 
-def test_weights_with_filters_are_of_version_2_and_say_so(weights: Weights) -> None:
-    data = weights.to_bytes()
+def test_weights_with_filters_are_of_version_2_and_say_so(filtered_weights: Weights) -> None:
+    data = filtered_weights.to_bytes()
     read = Weights.from_bytes(data)
-    assert read.config == weights.config
+    assert read.config == filtered_weights.config
     assert read.config.version == 2
-    assert read.digest == weights.digest
+    assert read.digest == filtered_weights.digest
     assert f'"{FORMAT}-2"'.encode() in data
     assert build_weights(TINY, seed=1).config.version == 1
     assert "student_filter" not in TINY.to_json()
 
 
-def test_a_version_that_is_not_that_of_its_contents_is_refused(weights: Weights) -> None:
-    header = {"config": weights.config.to_json(), "training": {}}
-    data = bytes(save(dict(weights.tensors), metadata={f"{FORMAT}-1": json.dumps(header)}))
+def test_a_version_that_is_not_that_of_its_contents_is_refused(filtered_weights: Weights) -> None:
+    header = {"config": filtered_weights.config.to_json(), "training": {}}
+    data = bytes(save(dict(filtered_weights.tensors), metadata={f"{FORMAT}-1": json.dumps(header)}))
     with pytest.raises(WeightsError, match="does not parse"):
         Weights.from_bytes(data)
-    stored = UcrayCodec(weights, 0.0, 1.0, 100).to_dict()
+    stored = UcrayCodec(filtered_weights, 0.0, 1.0, 100).to_dict()
     assert stored["configuration"]["version"] == 2
-    assert UcrayCodec.from_dict(stored).weights.digest == weights.decoder().digest
+    assert UcrayCodec.from_dict(stored).weights.digest == filtered_weights.decoder().digest
     stored["configuration"]["version"] = 1
-    with pytest.raises(ArchiveError, match="not that of its weights"):
+    with pytest.raises(ArchiveError, match="not that of its filtered_weights"):
         UcrayCodec.from_dict(stored)
 
 
 @pytest.mark.parametrize("sizes", [FilterConfig(4096, 64), FilterConfig(4096, 1), FilterConfig(256, 3)])
-def test_a_filter_far_larger_than_its_tensors_is_never_built(weights: Weights, sizes: FilterConfig) -> None:
-    config = replace(weights.config, student_filter=sizes)
+def test_a_filter_far_larger_than_its_tensors_is_never_built(
+    filtered_weights: Weights, sizes: FilterConfig
+) -> None:
+    config = replace(filtered_weights.config, student_filter=sizes)
     with pytest.raises(WeightsError, match="does not fit its configuration"):
-        stored_synthesis(Weights(config, weights.tensors), "student")
+        stored_synthesis(Weights(config, filtered_weights.tensors), "student")
 
 
 @pytest.mark.parametrize("part", ["student", "teacher"])
 def test_a_decoder_filters_what_it_decodes(
-    part: str, weights: Weights, chunk_format: Callable[[str], ChunkFormat]
+    part: str, filtered_weights: Weights, chunk_format: Callable[[str], ChunkFormat]
 ) -> None:
     """Bytes through the stored filter are what the linear part and the filter give, one after the other."""
     chunk = replaced(chunk_format("float32"), shape=CHUNK, offset=0.0, scale=1.0)
     voxels = smooth_volume_of(CHUNK, 7)
-    encoder = ChunkEncoder(weights, chunk)
+    encoder = ChunkEncoder(filtered_weights, chunk)
     packed = encoder.encode(voxels, 180)
-    found = ChunkDecoder(weights, chunk, part=part).decode(packed.data).astype(np.float32)
-    plain = copy.deepcopy(stored_synthesis(weights, part)).eval()
+    found = ChunkDecoder(filtered_weights, chunk, part=part).decode(packed.data).astype(np.float32)
+    plain = copy.deepcopy(stored_synthesis(filtered_weights, part)).eval()
     network = plain.postfilter
     plain.postfilter = None
-    unfiltered = ChunkDecoder(weights, chunk, part=part)
+    unfiltered = ChunkDecoder(filtered_weights, chunk, part=part)
     unfiltered.__dict__["_synthesis"] = plain
     before = torch.from_numpy(unfiltered.decode(packed.data).astype(np.float32))[None, None]
     assert network is not None
@@ -165,9 +154,9 @@ def test_a_decoder_filters_what_it_decodes(
         assert packed.error.mse == pytest.approx(float(np.square(found - voxels).mean()), rel=1e-5)
 
 
-def test_an_archive_is_read_with_its_filter(tmp_path: Path, weights: Weights) -> None:
+def test_an_archive_is_read_with_its_filter(tmp_path: Path, filtered_weights: Weights) -> None:
     source, archive, file = (str(tmp_path / name) for name in ("em.zarr", "em.ucray", "w.safetensors"))
-    Path(file).write_bytes(weights.to_bytes())
+    Path(file).write_bytes(filtered_weights.to_bytes())
     ucray.synth(source, (32, 64, 64), seed=1)
     options = ucray.CompressOptions(psnr=20, chunk=(32, 32, 32), shard=(32, 64, 64))
     ucray.compress(source, archive, options, weights=file, run_options=ucray.RunOptions(serial=True))
@@ -237,25 +226,27 @@ def test_weights_without_a_filter_are_given_one_that_starts_as_no_change() -> No
         )
 
 
-def test_another_filter_takes_the_place_of_one_of_another_size(weights: Weights) -> None:
+def test_another_filter_takes_the_place_of_one_of_another_size(filtered_weights: Weights) -> None:
     """Networks of the same size go on, the filter begins anew; one of the same size goes on too."""
-    config = replace(weights.config, student_filter=FilterConfig(4, 1))
-    trainer = Trainer(config, TrainingConfig(teacher_steps=0, student_steps=1), start=weights)
+    config = replace(filtered_weights.config, student_filter=FilterConfig(4, 1))
+    trainer = Trainer(config, TrainingConfig(teacher_steps=0, student_steps=1), start=filtered_weights)
     assert trainer.student.postfilter is not None
     assert not trainer.student.postfilter.leave.weight.any()
-    stored = weights.network("student")
+    stored = filtered_weights.network("student")
     state = trainer.student.state_dict()
     for name, array in stored.items():
         if not name.startswith("postfilter."):
             np.testing.assert_array_equal(state[name].numpy(), array, err_msg=name)
     teacher = trainer.teacher.state_dict()
-    for name, array in weights.network("teacher").items():
+    for name, array in filtered_weights.network("teacher").items():
         np.testing.assert_array_equal(teacher[name].numpy(), array, err_msg=name)
 
 
-def test_without_takes_out_one_thing_alone(weights: Weights) -> None:
-    trainer = Trainer(weights.config, TrainingConfig(teacher_steps=0, student_steps=1), start=weights)
-    found = Networks(weights.config, trainer.coder, trainer.teacher, trainer.student)
+def test_without_takes_out_one_thing_alone(filtered_weights: Weights) -> None:
+    trainer = Trainer(
+        filtered_weights.config, TrainingConfig(teacher_steps=0, student_steps=1), start=filtered_weights
+    )
+    found = Networks(filtered_weights.config, trainer.coder, trainer.teacher, trainer.student)
     made = without(found, "student", "student_filter")
     assert made.config == replace(found.config, student_filter=None)
     assert made.student.state_dict().keys() == {

@@ -1,6 +1,6 @@
 """Makes the golden archives of one format version: run once, when a version is frozen, and never again.
 
-PYTHONPATH=deploy python tests/golden/make.py
+PYTHONPATH=deploy python tests/golden/make.py v1
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import zarr
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from conftest import TINY, build_weights, smooth_volume_of  # noqa: E402
+from conftest import TINY, TINY_FILTERED, build_weights, smooth_volume_of  # noqa: E402
 
 import ucray  # noqa: E402
 from ucray.grid import Shape3  # noqa: E402
 
-VERSION = HERE / "v1"
 SMALL = {"chunk": (32, 32, 32), "shard": (32, 64, 64)}
 
 
@@ -38,30 +37,42 @@ def volume(shape: Shape3, seed: int) -> Any:
     return voxels
 
 
+TINY_OF = {"v1": (TINY, 1), "v2": (TINY_FILTERED, 3)}
+"""Configuration and seed of the untrained weights."""
+
+ARCHIVES: dict[str, dict[str, tuple[dict[str, object], str]]] = {
+    "v1": {
+        "networks": ({}, "tiny.safetensors"),
+        "bounded": ({"max_error": 2}, "tiny.safetensors"),
+        "lossless": ({"lossless": True}, "tiny.safetensors"),
+        "linear": ({"psnr": 30}, "em-fib-v1"),
+    },
+    "v2": {"filtered": ({}, "tiny.safetensors")},
+}
+"""Targets and weights."""
+
+
 def main() -> None:
-    """Write v1/<archive> and v1/<archive>.npz, the voxels that it decoded to when it was made."""
-    VERSION.mkdir()
+    """Write <version>/<archive> and <version>/<archive>.npz, the voxels it decoded to when it was made."""
+    version = sys.argv[1]
+    place = HERE / version
+    place.mkdir()
     serial = ucray.RunOptions(serial=True)
     # Archives name their source: one that says nothing of the machine.
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         source, weights = "volume.zarr", Path("tiny.safetensors")
-        weights.write_bytes(build_weights(TINY, seed=1).to_bytes())
+        config, seed = TINY_OF[version]
+        weights.write_bytes(build_weights(config, seed).to_bytes())
         zarr.save_array(source, volume((32, 64, 120), 3), path="0")
-        asked: dict[str, tuple[dict[str, object], str]] = {
-            "networks": ({}, str(weights)),
-            "bounded": ({"max_error": 2}, str(weights)),
-            "lossless": ({"lossless": True}, str(weights)),
-            "linear": ({"psnr": 30}, "em-fib-v1"),
-        }
-        for name, (target, chosen) in asked.items():
+        for name, (target, chosen) in ARCHIVES[version].items():
             options = ucray.CompressOptions.model_validate({**SMALL, **target})
-            archive = str(VERSION / name)
+            archive = str(place / name)
             connection = ucray.Connection(array="0")
             ucray.compress(
                 source, archive, options, weights=chosen, run_options=serial, connection=connection
             )
             decoded = np.asarray(zarr.open_array(f"{archive}/0", mode="r"))
-            np.savez_compressed(VERSION / f"{name}.npz", voxels=decoded)
+            np.savez_compressed(place / f"{name}.npz", voxels=decoded)
 
 
 if __name__ == "__main__":
