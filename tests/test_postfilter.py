@@ -115,7 +115,7 @@ def test_a_version_that_is_not_that_of_its_contents_is_refused(filtered_weights:
     assert stored["configuration"]["version"] == 2
     assert UcrayCodec.from_dict(stored).weights.digest == filtered_weights.decoder().digest
     stored["configuration"]["version"] = 1
-    with pytest.raises(ArchiveError, match="not that of its filtered_weights"):
+    with pytest.raises(ArchiveError, match="not that of its weights"):
         UcrayCodec.from_dict(stored)
 
 
