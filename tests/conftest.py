@@ -54,7 +54,9 @@ TINY = CodecConfig(
 """Isotropic: 16 x 16 x 16 voxels a code."""
 
 TINY_FILTERED = msgspec.structs.replace(
-    TINY, teacher_filter=FilterConfig(width=12, layers=4), student_filter=FilterConfig(width=8, layers=3)
+    TINY,
+    teacher_filter=FilterConfig(width=12, layers=4, finest=255),
+    student_filter=FilterConfig(width=8, layers=3, finest=255),
 )
 """With post-filters: weights of version 2."""
 

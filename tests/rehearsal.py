@@ -41,7 +41,7 @@ def copy_bytes() -> None:
 
     def start(self: Any, job: Any) -> None:
         self._settings = job.settings
-        self._codes = False
+        self._packs = False
 
     def drafts(self: Any, index: Any, voxels: np.ndarray[Any, Any]) -> list[Draft]:
         frame = zstd.compress(voxels.tobytes(), 1)

@@ -56,7 +56,7 @@ def clusters(kustomization: str) -> Iterator[tuple[str, Object]]:
     for cluster in of_kind(kustomization, "RayCluster"):
         yield cluster["metadata"]["name"], cluster["spec"]
     for service in of_kind(kustomization, "RayService"):
-        yield f"{service['metadata']['name']}-service", service["spec"]["rayClusterConfig"]
+        yield service["metadata"]["name"], service["spec"]["rayClusterConfig"]
 
 
 def groups(cluster: Object) -> list[Object]:
@@ -146,6 +146,7 @@ def test_jobs_keep_kuberay_s_own_rules(kustomization: str) -> None:
 def test_clusters_are_fit_for_the_work(kustomization: str) -> None:
     names = set()
     for name, cluster in clusters(kustomization):
+        assert name not in names  # a head's service is named after it, whatever its kind
         names.add(name)
         assert cluster["enableInTreeAutoscaling"]
         assert cluster["autoscalerOptions"]["version"] == "v2"
@@ -170,7 +171,7 @@ def test_clusters_are_fit_for_the_work(kustomization: str) -> None:
             assert {"containerPort": 8080, "name": "metrics"} in container["ports"]
         for group in cluster["workerGroupSpecs"]:
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    assert names == {"ucray", "ucray-compress", "ucray-train", "ucray-service"}
+    assert names == {"ucray", "ucray-compress", "ucray-train", "ucray-gateway"}
 
 
 def _bytes(quantity: str) -> int:
@@ -197,7 +198,7 @@ def test_gpus_are_asked_for_where_the_commands_use_them(kustomization: str) -> N
     wanted = "gpu" in kustomization
     for name, cluster in clusters(kustomization):
         if (
-            name == "ucray-service"
+            name == "ucray-gateway"
         ):  # a picture is decoded in milliseconds; what is scarce stays with the jobs
             continue
         (encode,) = (group for group in cluster["workerGroupSpecs"] if group["groupName"] == "encode")

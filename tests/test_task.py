@@ -14,7 +14,7 @@ import zarr
 from scipy import ndimage
 from typer.testing import CliRunner
 
-from ucray.bench.task import ORIGINAL, Labelled, labelled, run_task
+from ucray.bench.task import ORIGINAL, Labelled, labelled, run_task, task_to_markdown
 from ucray.bench.tissue import Tracer, f1, information, merged, rand_error
 from ucray.cli import app
 from ucray.codec.shipped import shipped_weights
@@ -41,12 +41,12 @@ def cells(seed: int, thickness: float = 2.0) -> tuple[npt.NDArray[np.uint8], npt
 
 @pytest.fixture(scope="module")
 def known() -> Labelled:
-    return labelled(*cells(1), [])
+    return labelled(*cells(1), [], flat=False)
 
 
 @pytest.fixture(scope="module")
 def tracer(known: Labelled) -> Tracer:
-    return Tracer.trained(known.voxels, known.membrane, known.segments, flat=False, seed=0)
+    return Tracer.trained(known.voxels, known.membrane, known.known, known.segments, flat=False, seed=0)
 
 
 def test_figures_of_segments_that_are_right_split_and_merged() -> None:
@@ -77,6 +77,7 @@ def test_fragments_are_joined_over_weak_borders_alone() -> None:
     probability = np.zeros(fragments.shape, np.float32)
     for place, height in ((4, 0.1), (8, 0.9), (12, 0.2)):
         probability[:, :, place - 1 : place + 1] = height
+    assert merged(np.ones_like(fragments), probability, 0.5).max() == 1
     found = merged(fragments.astype(np.int64), probability, 0.5)
     first, second, third, fourth = (found[0, 0, place] for place in (0, 5, 9, 15))
     assert first == second != third == fourth
@@ -86,35 +87,36 @@ def test_fragments_are_joined_over_weak_borders_alone() -> None:
 
 def test_what_was_learnt_holds_on_other_cells(tracer: Tracer) -> None:
     voxels, labels = cells(2)
-    other = labelled(voxels, labels, [])
+    other = labelled(voxels, labels, [], flat=False)
     probability = tracer.membranes(voxels)
     assert f1(probability > tracer.threshold, other.membrane) > 0.8
     segments = tracer.segments(probability)
     assert sum(information(segments, labels)) < 1.0
     assert rand_error(segments, labels) < 0.15
-    # The same again, and on a voxel format of another range.
+    # The same again.
     np.testing.assert_array_equal(tracer.membranes(voxels), probability)
 
 
 def test_blurred_walls_are_found_less_well(tracer: Tracer) -> None:
     voxels, labels = cells(2)
-    other = labelled(voxels, labels, [])
+    other = labelled(voxels, labels, [], flat=False)
     blurred = ndimage.gaussian_filter(voxels.astype(float), 3.0)
     sharp, dull = (f1(tracer.membranes(v) > tracer.threshold, other.membrane) for v in (voxels, blurred))
     assert dull < sharp - 0.1
 
 
 def test_codecs_are_compared_with_the_original(known: Labelled) -> None:
-    scores = run_task(
+    traced = run_task(
         "segmentation",
         known,
         shipped_weights("em-fib-v1"),
         (64, 64, 64),
-        flat=False,
         codecs=["ucray", "jpegxl"],
         ratios=[8.0, 128.0],
         data_range=255.0,
     )
+    scores = traced.scores
+    assert traced.missing == {"jpegxl at 128": "no setting reaches so far"}
     by_name = {(s.codec, s.wanted, s.figure): s for s in scores}
     for figure in ("f1", "vi_split", "vi_merge", "rand_error"):
         (original,) = (s for s in scores if (s.codec, s.figure) == (ORIGINAL, figure))
@@ -134,11 +136,60 @@ def test_codecs_are_compared_with_the_original(known: Labelled) -> None:
 def test_classes_give_membranes_alone() -> None:
     voxels, labels = cells(3)
     classes = np.where(labels % 2 == 0, 32, 255)
-    known = labelled(voxels, classes, [32, 96])
+    known = labelled(voxels, classes, [32, 96], flat=True)
     assert known.segments is None
     np.testing.assert_array_equal(known.membrane, labels % 2 == 0)
     with pytest.raises(SettingsError, match="labels of neurons"):
-        run_task("segmentation", known, None, (64, 64, 64), flat=False, ratios=[8.0], data_range=255.0)
+        run_task("segmentation", known, None, (64, 64, 64), ratios=[8.0], data_range=255.0)
+
+
+def test_labels_are_numbers_of_any_size_and_zero_is_unknown() -> None:
+    """Unknown voxels are neither learnt from nor counted, and numbers may be far apart."""
+    voxels, labels = cells(3)
+    far = labels.astype(np.uint64) * np.uint64(10**12)
+    far[:, :40] = 0
+    known = labelled(voxels, far, [], flat=False)
+    plain = labelled(voxels, labels, [], flat=False)
+    assert known.segments is not None
+    assert known.segments.max() < 100
+    np.testing.assert_array_equal(known.known, far > 0)
+    np.testing.assert_array_equal(known.membrane[:, 42:], plain.membrane[:, 42:])
+    assert information(known.segments, labels * (far > 0)) == pytest.approx((0.0, 0.0))
+
+
+def test_outlines_of_thick_sections_are_found_section_by_section() -> None:
+    """What a neuron is in the next section makes no membrane of it in this one."""
+    labels = np.ones((2, 8, 8), np.int64)
+    labels[1] = 2
+    labels[:, :, 4:] += 2
+    flat = labelled(labels.astype(np.uint8), labels, [], flat=True).membrane
+    assert flat[:, :, 3:5].all()
+    assert not flat[:, :, :3].any()
+    assert labelled(labels.astype(np.uint8), labels, [], flat=False).membrane.all()
+
+
+def test_what_cannot_be_measured_is_named_and_the_rest_keeps_its_rows(known: Labelled) -> None:
+    """A codec without weights is missing; two ratios that take one setting have a row each."""
+    traced = run_task(
+        "membrane", known, None, (64, 64, 64), codecs=["ucray", "jpegxl"], ratios=[7.0, 7.5], data_range=255.0
+    )
+    assert traced.missing == {"ucray": "no weights were given"}
+    assert len({score.ratio for score in traced.scores if score.codec == "jpegxl"}) == 1
+    lines = task_to_markdown(traced, "title").splitlines()
+    rows = [line for line in lines if line.startswith("| jpegxl")]
+    assert len(rows) == 2
+    assert {line.count("|") for line in rows} == {5}
+    assert lines[-1] == "Missing: ucray: no weights were given."
+
+
+def test_a_half_without_membranes_is_refused() -> None:
+    voxels, labels = cells(3)
+    labels[:, : SHAPE[1] // 2] = 7
+    with pytest.raises(SettingsError, match="no membranes"):
+        run_task(
+            "membrane", labelled(voxels, labels, [], flat=False), None, (64, 64, 64), ratios=[8.0],
+            data_range=255.0,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,22 @@ def test_the_teacher_of_one_domain_teaches_the_student_of_another(
 
 
 @pytest.mark.usefixtures("unpruned")
+def test_a_stream_that_is_kept_codes_the_same_bytes(
+    sampler: Callable[[], TileSampler], tiny_config: CodecConfig, tiny_weights: Weights
+) -> None:
+    settings = TrainingConfig(teacher_steps=3, student_steps=2, keep_stream=True)
+    trainer = Trainer(tiny_config, settings, start=tiny_weights)
+    before = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
+    _run(trainer, sampler(), 3)
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.teacher.state_dict().items())
+    _run(trainer, sampler(), 2)
+    made = trainer.finish([torch.zeros(1, 1, *CHUNK)], {})
+    for name, array in tiny_weights.tensors.items():
+        if name.startswith(("stream.", "analysis.", "reference.")):
+            np.testing.assert_array_equal(made.tensors[name], array, err_msg=name)
+
+
+@pytest.mark.usefixtures("unpruned")
 def test_a_student_of_another_size_starts_with_the_linear_part_of_the_one_before(
     sampler: Callable[[], TileSampler], tiny_config: CodecConfig, tiny_weights: Weights
 ) -> None:

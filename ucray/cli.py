@@ -99,6 +99,10 @@ def train(
     untaught: Annotated[
         bool, typer.Option("--untaught", help="The student learns from the data alone, for comparison.")
     ] = False,
+    keep_stream: Annotated[
+        bool,
+        typer.Option("--keep-stream", help="Teach the decoders alone; chunks are coded as with --init."),
+    ] = False,
     large: Annotated[
         bool, typer.Option("--large", help="Larger analysis and teacher; takes a GPU to train.")
     ] = False,
@@ -110,10 +114,11 @@ def train(
         ),
     ] = None,
     student_filter: Annotated[
-        str | None, typer.Option(help="Size of the student's post-filter: width and layers, as 16,3.")
+        str | None,
+        typer.Option(help="The student's post-filter: width, layers, finest quality, as 16,2,160."),
     ] = None,
     teacher_filter: Annotated[
-        str | None, typer.Option(help="Size of the teacher's post-filter, as 32,6.")
+        str | None, typer.Option(help="The teacher's post-filter, as 32,6,160.")
     ] = None,
     workers: Workers = 1,
     worker_cpus: WorkerCpus = None,
@@ -138,6 +143,7 @@ def train(
         batch=batch,
         learning_rate=learning_rate,
         taught=not untaught,
+        keep_stream=keep_stream,
         seed=seed,
     )
     with progress(quiet=as_json) as listener:
@@ -418,7 +424,7 @@ def bench(
         return
     if task is not None and labels is not None:
         with progress(quiet=as_json) as listener:
-            scores = trace(
+            traced = trace(
                 source,
                 labels,
                 output,
@@ -433,7 +439,7 @@ def bench(
                 listener=listener,
             )
         if as_json:
-            show({"scores": [dataclasses.asdict(score) for score in scores]}, as_json=as_json)
+            show(dataclasses.asdict(traced), as_json=as_json)
         else:
             Console().print((Path(output) / TASK_FILE).read_text(), markup=False)
         return

@@ -45,14 +45,15 @@ class SynthesisConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FilterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Width (channels) and layers of a post-filter."""
+    """Width (channels) and layers of a post-filter, and the finest quality at which it is worth its time."""
 
     width: Width
     layers: Depth
+    finest: Annotated[int, msgspec.Meta(ge=0, lt=QUALITIES)] = 160
 
     @classmethod
     def parse(cls, text: str) -> FilterConfig:
-        """From its numbers in their order, as "16,3"; raises SettingsError where they are others."""
+        """From its numbers in their order, as "16,2,160"; raises SettingsError where they are others."""
         return _numbers(cls, text, "a post-filter")
 
 
@@ -177,7 +178,7 @@ class DecoderSizes(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(config, **given)
 
 
-TEACHER_FILTER, STUDENT_FILTER = FilterConfig(width=32, layers=6), FilterConfig(width=16, layers=3)
+TEACHER_FILTER, STUDENT_FILTER = FilterConfig(width=32, layers=6), FilterConfig(width=16, layers=2)
 """Post-filters of new weights."""
 
 SMALL_CELL = 256

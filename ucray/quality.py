@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -71,21 +72,40 @@ class SeamSum:
         decoded: npt.NDArray[np.generic],
         chunk: tuple[int, int, int],
     ) -> SeamSum:
-        """Measure arrays (z, y, x) of one shape that begin with a chunk; not-a-number has no error."""
-        with np.errstate(invalid="ignore"):
-            error = np.nan_to_num(
-                decoded.astype(np.float64) - original.astype(np.float64), posinf=0.0, neginf=0.0
+        """Measure arrays (z, y, x) of one shape that begin with a chunk; not-a-number has no error.
+
+        Goes chunk by chunk, with the first voxels of the next ones: no more memory is taken than for these.
+        """
+        total = cls()
+        counts = [range(0, n, c) for n, c in zip(original.shape, chunk, strict=True)]
+        for start in itertools.product(*counts):
+            stops = [min(at + size, n) for at, size, n in zip(start, chunk, original.shape, strict=True)]
+            place = tuple(
+                slice(at, min(stop + 1, n)) for at, stop, n in zip(start, stops, original.shape, strict=True)
             )
-        near = np.zeros(error.shape, bool)
+            with np.errstate(invalid="ignore"):
+                error = decoded[place].astype(np.float64) - original[place].astype(np.float64)
+            np.nan_to_num(error, copy=False, posinf=0.0, neginf=0.0)
+            total += cls._of_chunk(error, start, [stop - at for at, stop in zip(start, stops, strict=True)])
+        return total
+
+    @classmethod
+    def _of_chunk(cls, error: npt.NDArray[np.float64], start: tuple[int, ...], extent: list[int]) -> SeamSum:
+        """Of the errors of a chunk of `extent` that starts there, and of the next voxels if there are any."""
+        own = tuple(slice(0, n) for n in extent)
+        near = np.zeros(extent, bool)
         across, within = ErrorSum(), ErrorSum()
-        for axis, size in enumerate(chunk):
-            step = np.moveaxis(np.diff(error, axis=axis), axis, 0)
-            faces = np.arange(1, error.shape[axis]) % size == 0
-            across += _squares(step[faces])
-            within += _squares(step[~faces])
-            places = np.flatnonzero(faces)
-            np.moveaxis(near, axis, 0)[np.concatenate([places, places + 1])] = True
-        return cls(_squares(error[near]), _squares(error[~near]), across, within)
+        for axis, size in enumerate(extent):
+            others = tuple(slice(None) if a == axis else part for a, part in enumerate(own))
+            step = np.moveaxis(np.diff(error[others], axis=axis), axis, 0)
+            within += _squares(step[: size - 1])
+            across += _squares(step[size - 1 :])
+            planes = np.moveaxis(near, axis, 0)
+            if start[axis] > 0:
+                planes[0] = True
+            if error.shape[axis] > size:
+                planes[-1] = True
+        return cls(_squares(error[own][near]), _squares(error[own][~near]), across, within)
 
     def __add__(self, other: SeamSum) -> SeamSum:
         return SeamSum(

@@ -18,7 +18,7 @@ class TrainingConfig(Settings):
 
     `teacher_steps` of stage 1 (rate-distortion) are followed by `student_steps` of stage 2
     (distillation); each step sees `batch` chunks per worker. A student that is not `taught` learns
-    from the data alone.
+    from the data alone. With `keep_stream` stage 1 teaches the decoders alone, on the stream as it is.
     """
 
     teacher_steps: Annotated[int, Field(ge=0)] = 1200
@@ -26,4 +26,5 @@ class TrainingConfig(Settings):
     batch: Annotated[int, Field(ge=1, le=4096)] = 2
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 3e-3
     taught: bool = True
+    keep_stream: bool = False
     seed: Annotated[int, Field(ge=0)] = 0

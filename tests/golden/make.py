@@ -47,7 +47,7 @@ ARCHIVES: dict[str, dict[str, tuple[dict[str, object], str]]] = {
         "lossless": ({"lossless": True}, "tiny.safetensors"),
         "linear": ({"psnr": 30}, "em-fib-v1"),
     },
-    "v2": {"filtered": ({}, "tiny.safetensors")},
+    "v2": {"filtered": ({"ratio": 12}, "tiny.safetensors")},
 }
 """Targets and weights."""
 

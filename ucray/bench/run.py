@@ -174,7 +174,7 @@ def _peer(
 def _seams(
     volume: Volume, boxes: Sequence[Box], decoded: Sequence[Volume], chunk: Shape3
 ) -> tuple[float, float]:
-    whole = np.empty_like(volume)
+    whole = np.empty(volume.shape, np.float64)
     for box, part in zip(boxes, decoded, strict=True):
         whole[box.slices] = part
     found = SeamSum.between(volume, whole, chunk)

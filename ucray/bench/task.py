@@ -64,40 +64,59 @@ class Score:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A volume (z, y, x) with its membranes, and its neurons where they are known (0: unknown)."""
+    """A volume (z, y, x), which of its voxels are membrane, where that is `known`, and its neurons, if given.
+
+    `flat` says that its sections are thick, and looked at one by one.
+    """
 
     voxels: Volume
     membrane: npt.NDArray[np.bool_]
+    known: npt.NDArray[np.bool_]
     segments: Labels | None
+    flat: bool
 
     def part(self, box: Box) -> Labelled:
-        """A part of it."""
+        """A part of it; raises SettingsError if there is no membrane in it, or nothing else."""
+        found, known = self.membrane[box.slices], self.known[box.slices]
+        if not (found & known).any() or (found | ~known).all():
+            raise SettingsError(f"--labels holds no membranes, or nothing else, in {box}")
         segments = None if self.segments is None else self.segments[box.slices]
-        return Labelled(self.voxels[box.slices], self.membrane[box.slices], segments)
+        return Labelled(self.voxels[box.slices], found, known, segments, self.flat)
 
 
-def labelled(volume: Volume, labels: npt.NDArray[np.generic], membrane: Sequence[int]) -> Labelled:
-    """A volume and its labels: classes of which some are `membrane`, or else neurons.
+@dataclass(frozen=True)
+class Traced:
+    """What was measured, and why some codecs were not."""
 
-    Between neurons, and where there is none, is membrane.
+    scores: tuple[Score, ...]
+    missing: dict[str, str]
+
+
+def labelled(
+    volume: Volume, labels: npt.NDArray[np.generic], membrane: Sequence[int], *, flat: bool
+) -> Labelled:
+    """A volume and its labels: classes of which some are `membrane`, or else neurons, where 0 is unknown.
+
+    Between neurons is membrane.
 
     Raises
     ------
     SettingsError
-        If the shapes differ, or labels hold no membrane.
+        If the shapes differ.
     """
     from skimage.segmentation import find_boundaries
 
     if labels.shape != volume.shape:
         raise SettingsError(f"--labels has shape {labels.shape}, the volume {volume.shape}")
     if membrane:
-        found, segments = np.isin(labels, membrane), None
-    else:
-        segments = labels.astype(np.int64)
-        found = find_boundaries(segments, mode="thick") | (segments == 0)  # type: ignore[no-untyped-call]
-    if not found.any() or found.all():
-        raise SettingsError("--labels holds no membranes, or nothing else")
-    return Labelled(volume, found, segments)
+        return Labelled(volume, np.isin(labels, membrane), np.ones(labels.shape, bool), None, flat)
+    # The largest number may be far beyond how many there are; 0 stays what it is.
+    numbers, places = np.unique(np.append(labels.reshape(-1), 0), return_inverse=True)
+    zero = int(np.flatnonzero(numbers == 0)[0])
+    segments = ((places[:-1] - zero) % len(numbers)).reshape(labels.shape)
+    sections = segments if flat else segments[None]
+    found = np.stack([find_boundaries(section, mode="thick") for section in sections])  # type: ignore[no-untyped-call]
+    return Labelled(volume, found.reshape(labels.shape), segments > 0, segments, flat)
 
 
 def run_task(
@@ -106,21 +125,20 @@ def run_task(
     weights: Weights | None,
     chunk: Shape3,
     *,
-    flat: bool,
     codecs: Sequence[str] = (),
     ratios: Sequence[float],
     data_range: float,
     watch: Watch = lambda codec: None,
-) -> list[Score]:
+) -> Traced:
     """Learn on one half along y, code the other with every codec, and trace in what comes back.
 
-    A peer is taken at its coarsest setting that spends no fewer bytes than `ratios` ask for. `flat`
-    says that sections are thick.
+    A peer is taken at its coarsest setting that spends no fewer bytes than `ratios` ask for.
 
     Raises
     ------
     SettingsError
-        If a task or codec is unknown, or neurons are wanted and there are none.
+        If a task or codec is unknown, neurons are wanted and there are none, or half of the volume is all
+        membrane, or has none.
     """
     if task not in TASKS:
         raise SettingsError(f"--task {task}: choose from {', '.join(TASKS)}")
@@ -135,31 +153,45 @@ def run_task(
     tested = given.part(Box((0, half, 0), shape))
     watch("learning")
     segments = learnt.segments if task == "segmentation" else None
-    tracer = Tracer.trained(learnt.voxels, learnt.membrane, segments, flat=flat, seed=SEED)
+    tracer = Tracer.trained(
+        learnt.voxels, learnt.membrane, learnt.known, segments, flat=given.flat, seed=SEED
+    )
     watch(ORIGINAL)
     before = _figures(task, tracer, tested, tested.voxels)
     scores = list(_scores(ORIGINAL, math.nan, 1.0, math.inf, before, before))
+    missing: dict[str, str] = {}
     for name in chosen:
         watch(name)
+        if (reason := _missing(name, weights)) is not None:
+            missing[name] = reason
+            continue
         for wanted, ratio, decoded in _decoded(name, tested.voxels, weights, chunk, ratios):
             found = _figures(task, tracer, tested, decoded)
             psnr = ErrorSum.between(tested.voxels, decoded).psnr(data_range)
             scores += _scores(name, wanted, ratio, psnr, found, before)
-    return scores
+        reached = {score.wanted for score in scores if score.codec == name}
+        if unreached := [f"{ratio:g}" for ratio in ratios if ratio not in reached]:
+            missing[f"{name} at {', '.join(unreached)}"] = "no setting reaches so far"
+    return Traced(tuple(scores), missing)
+
+
+def _missing(name: str, weights: Weights | None) -> str | None:
+    if name in PEERS:
+        return PEERS[name].missing()
+    return "no weights were given" if weights is None else None
 
 
 def _decoded(
     name: str, volume: Volume, weights: Weights | None, chunk: Shape3, ratios: Sequence[float]
 ) -> Iterator[tuple[float, float, Volume]]:
-    """Ratio asked for, ratio, and voxels of a codec; nothing of one that is missing here."""
+    """Ratio asked for, ratio, and voxels of a codec that is there."""
     if name in OURS:
-        if weights is None:
-            return
+        assert weights is not None
         with VolumeCodec(volume, weights, chunk, math.nan) as codec:
             for wanted in ratios:
                 coded = codec.encode(codec.quality_for(wanted))
                 yield wanted, volume.nbytes / coded.nbytes, codec.decode(coded, OURS[name])
-    elif PEERS[name].missing() is None:
+    else:
         yield from _peer(PEERS[name], volume, chunk, ratios)
 
 
@@ -180,7 +212,7 @@ def _peer(
             decoded = np.empty_like(samples.values)
             for box, data in zip(boxes, coded[max(within)], strict=True):
                 decoded[box.slices] = peer.decode(data, triple(iter(box.shape)))
-            yield wanted, max(within), samples.back(decoded).astype(volume.dtype)
+            yield wanted, max(within), samples.back(decoded)
 
 
 def _figures(task: str, tracer: Tracer, tested: Labelled, voxels: Volume) -> npt.NDArray[np.float64]:
@@ -191,11 +223,14 @@ def _figures(task: str, tracer: Tracer, tested: Labelled, voxels: Volume) -> npt
     size = triple(max(1, -(-n // b)) for n, b in zip(shape, BLOCKS, strict=True))
     rows = []
     for box in blocks(shape, size):
-        part = tested.part(box)
-        row = [f1(probability[box.slices] > tracer.threshold, part.membrane)]
-        if segments is not None and part.segments is not None:
-            here = segments[box.slices]
-            row += [*information(here, part.segments), rand_error(here, part.segments)]
+        known = tested.known[box.slices]
+        if not known.any():
+            continue
+        found = probability[box.slices] > tracer.threshold
+        row = [f1(found[known], tested.membrane[box.slices][known])]
+        if segments is not None and tested.segments is not None:
+            here, wanted = segments[box.slices], tested.segments[box.slices]
+            row += [*information(here, wanted), rand_error(here, wanted)]
         rows.append(row)
     return np.array(rows)
 
@@ -221,35 +256,34 @@ def _scores(
         )  # fmt: skip
 
 
-def write_task(scores: Sequence[Score], folder: str, title: str) -> Path:
+def write_task(found: Traced, folder: str, title: str) -> Path:
     """Write task.csv, task.md and task.png into a folder; the path of the table."""
     place = report_folder(folder)
     with (place / "task.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([field.name for field in dataclasses.fields(Score)])
-        writer.writerows(dataclasses.astuple(score) for score in scores)
+        writer.writerows(dataclasses.astuple(score) for score in found.scores)
     table = place / TASK_FILE
-    table.write_text(task_to_markdown(scores, title))
-    _plot(scores, place / "task.png", title)
+    table.write_text(task_to_markdown(found, title))
+    _plot(found.scores, place / "task.png", title)
     return table
 
 
-def task_to_markdown(scores: Sequence[Score], title: str) -> str:
-    """A table with a row for each codec and ratio, and a column for each figure."""
-    names = list(dict.fromkeys(score.figure for score in scores))
+def task_to_markdown(found: Traced, title: str) -> str:
+    """A table with a row for each codec and ratio asked for, a column for each figure; what is missing."""
+    names = list(dict.fromkeys(score.figure for score in found.scores))
     lines = [
         f"# {title}",
         "",
-        f"Means over {math.prod(BLOCKS)} blocks of the half that was not learnt from; in brackets what "
-        "changes against the original, with its 95 % interval over blocks.",
+        "Means over blocks of the half that was not learnt from; in brackets what changes against the "
+        "original, with its 95 % interval over blocks.",
         "",
         "| codec | ratio | PSNR | " + " | ".join(names) + " |",
         "|---|---|---|" + "---|" * len(names),
     ]
-    rows: dict[tuple[str, float, float], list[Score]] = {}
-    for score in scores:
-        rows.setdefault((score.codec, score.ratio, score.psnr), []).append(score)
-    for (codec, ratio, psnr), row in rows.items():
+    for at in range(0, len(found.scores), len(names)):
+        row = found.scores[at : at + len(names)]
+        codec, ratio, psnr = row[0].codec, row[0].ratio, row[0].psnr
         cells = [
             f"{s.value:.4f}"
             + ("" if codec == ORIGINAL else f" ({s.loss:+.4f}; {s.low:+.4f} to {s.high:+.4f})")
@@ -257,7 +291,8 @@ def task_to_markdown(scores: Sequence[Score], title: str) -> str:
         ]
         shown = "" if codec == ORIGINAL else f"{psnr:.2f}"
         lines.append(f"| {codec} | {ratio:.1f} | {shown} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    lines += ["", *(f"Missing: {codec}: {reason}." for codec, reason in found.missing.items())]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _plot(scores: Sequence[Score], file: Path, title: str) -> None:

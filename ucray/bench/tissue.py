@@ -57,12 +57,13 @@ class Tracer:
         cls,
         volume: Volume,
         membrane: npt.NDArray[np.bool_],
+        known: npt.NDArray[np.bool_],
         segments: Labels | None,
         *,
         flat: bool,
         seed: int,
     ) -> Tracer:
-        """Learn from original voxels (z, y, x), their membranes, and neurons, if known (0: unknown)."""
+        """Learn from original voxels (z, y, x), which are membrane, where that is known, and neurons."""
         from sklearn.ensemble import RandomForestClassifier
 
         random = np.random.default_rng(seed)
@@ -71,7 +72,7 @@ class Tracer:
         wanted = membrane.reshape(-1)
         drawn = [
             random.choice(found, min(SAMPLES, len(found)), replace=False)
-            for found in (np.flatnonzero(wanted), np.flatnonzero(~wanted))
+            for found in (np.flatnonzero(membrane & known), np.flatnonzero(~membrane & known))
         ]
         places = np.concatenate(drawn)
         forest = RandomForestClassifier(
@@ -79,11 +80,12 @@ class Tracer:
         ).fit(features[places], wanted[places])
         found = _probability(forest, features).reshape(volume.shape)
         levels = np.linspace(0.05, 0.95, 19)
-        threshold = float(max(levels, key=lambda level: f1(found > level, membrane)))
+        threshold = float(max(levels, key=lambda level: f1((found > level)[known], membrane[known])))
         tracer = cls(forest, offset, scale, threshold, None, flat)
         if segments is None:
             return tracer
-        merge = min(MERGES, key=lambda level: sum(information(tracer.segments(found, level), segments)))
+        fragments = tracer.fragments(found)
+        merge = min(MERGES, key=lambda level: sum(information(merged(fragments, found, level), segments)))
         return cls(forest, offset, scale, threshold, merge, flat)
 
     def membranes(self, volume: Volume) -> Probability:
@@ -91,13 +93,16 @@ class Tracer:
         features = _features(_normalised(volume, self.offset, self.scale), self.flat)
         return _probability(self.forest, features.reshape(volume.size, -1)).reshape(volume.shape)
 
-    def segments(self, probability: Probability, merge: float | None = None) -> Labels:
-        """Neurons, numbered from 1."""
+    def segments(self, probability: Probability) -> Labels:
+        """Neurons by number."""
+        assert self.merge is not None
+        return merged(self.fragments(probability), probability, self.merge)
+
+    def fragments(self, probability: Probability) -> Labels:
+        """Parts of neurons, each around a place far from any membrane, numbered from 1."""
         from scipy import ndimage
         from skimage.segmentation import watershed
 
-        merge = self.merge if merge is None else merge
-        assert merge is not None
         away = ndimage.distance_transform_edt(probability < self.threshold)
         smooth = ndimage.gaussian_filter(away, 1.0)
         peaks = (smooth == ndimage.maximum_filter(smooth, 5)) & (away >= SEED_DISTANCE)
@@ -105,13 +110,15 @@ class Tracer:
         if count == 0:
             return np.ones(probability.shape, np.int64)
         fragments = watershed(probability - 0.01 * smooth.astype(np.float32), seeds)  # type: ignore[no-untyped-call]
-        return merged(np.asarray(fragments, np.int64), probability, merge)
+        return np.asarray(fragments, np.int64)
 
 
 def merged(fragments: Labels, probability: Probability, merge: float) -> Labels:
     """Fragments joined, weakest border first, while a border's mean membrane probability is below `merge`."""
     from skimage import graph
 
+    if fragments.min() == fragments.max():
+        return fragments
     borders = graph.rag_boundary(fragments, probability)  # type: ignore[no-untyped-call]
     joined = graph.merge_hierarchical(  # type: ignore[no-untyped-call]
         fragments,

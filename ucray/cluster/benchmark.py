@@ -13,7 +13,7 @@ from ucray.bench.levels import LevelPoint, levels_to_markdown, measure_levels
 from ucray.bench.report import report_folder, write_report
 from ucray.bench.run import RATIOS, Bench, run_bench
 from ucray.bench.stages import Stage, measure_stages, stages_to_markdown
-from ucray.bench.task import Score, labelled, run_task, write_task
+from ucray.bench.task import Traced, labelled, run_task, write_task
 from ucray.bench.tissue import FLAT
 from ucray.cluster.jobs import Connection
 from ucray.cluster.plan import config_for
@@ -24,12 +24,15 @@ from ucray.codec.weights import Weights
 from ucray.config import default_chunk
 from ucray.errors import SettingsError
 from ucray.grid import Box, Shape3, parse_box
-from ucray.storage.volume import Volume
+from ucray.storage.volume import Volume, open_volume
 from ucray.zarr_level import level_factors
 
 STAGES_FILE = "stages.md"
 LEVELS_FILE = "levels.md"
 STAGES_QUALITY = 128
+
+LABEL_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
+"""Types of labels."""
 
 LARGEST = 1 << 31
 """Voxels that a benchmark holds in memory at once."""
@@ -182,7 +185,7 @@ def trace(
     chunk: Shape3 | None = None,
     connection: Connection = Connection(),
     listener: Listener = ignore,
-) -> list[Score]:
+) -> Traced:
     """Measure what can be traced in what codecs leave of a volume; leaves a table and a plot in a folder.
 
     Parameters
@@ -197,24 +200,23 @@ def trace(
     """
     volume = connection.open(source)
     region, voxels = read_region(volume, roi)
-    _, known = read_region(Connection(connection.endpoint_url).open(labels), roi)
+    _, known = read_region(open_volume(labels, None, connection.endpoint_url, dtypes=LABEL_DTYPES), roi)
     if weights is None and (name := shipped_for(config_for(volume))) is not None:
         weights = shipped_weights(name)
     config = config_for(volume) if weights is None else weights.config
     thickness = volume.space.scale[0] / min(volume.space.scale)
-    scores = run_task(
+    found = run_task(
         task,
-        labelled(voxels, known, membrane),
+        labelled(voxels, known, membrane, flat=thickness >= FLAT),
         weights,
         chunk or default_chunk(config),
-        flat=thickness >= FLAT,
         codecs=codecs,
         ratios=ratios,
         data_range=data_range([voxels], volume.dtype, volume.fill_value),
         watch=lambda codec: listener(Event("trace", 0, 1, codec)),
     )
-    write_task(scores, folder, f"{source.rstrip('/').rpartition('/')[2]} {region}: {task}")
-    return scores
+    write_task(found, folder, f"{source.rstrip('/').rpartition('/')[2]} {region}: {task}")
+    return found
 
 
 def read_region(volume: Volume, roi: str | None) -> tuple[Box, npt.NDArray[np.generic]]:

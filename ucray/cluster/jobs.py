@@ -196,6 +196,8 @@ def train(
     folder.check_place()
     if folder.get(name) is not None:
         raise DestinationError(f"{destination} exists; give another name")
+    if init is None and settings is not None and settings.keep_stream:
+        raise SettingsError("--keep-stream wants a stream that is there; give --init")
     if large and init is not None:
         raise SettingsError("--large sizes new networks; those of --init have their size")
     start = load_weights(init, connection.endpoint_url) if init is not None else None

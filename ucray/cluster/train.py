@@ -140,6 +140,8 @@ def train(
     JobError
         If the workers failed more often than they are restarted.
     """
+    if sizes.teacher_filter is not None and settings.teacher_steps == 0:
+        raise SettingsError("--teacher-filter begins with nothing, and --train-steps 0 teaches it nothing")
     config = sizes.given_to(start.config if start is not None else config_for(volume, large=large))
     chunk = chunk or default_chunk(config)
     region = region or Box((0, 0, 0), volume.shape)

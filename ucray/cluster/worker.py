@@ -52,7 +52,7 @@ class ShardEncoder:
             torch.set_num_threads(job.threads)
         self._settings = job.settings
         device = device_for(job.device)
-        self._codes = device == "cpu"
+        self._packs = device == "cpu"
         self._encoder = ChunkEncoder(
             Weights.from_bytes(job.weights),
             job.settings.chunk_format,
@@ -73,7 +73,7 @@ class ShardEncoder:
     def chunks(self, index: Shape3, voxels: npt.NDArray[np.generic]) -> list[Draft | Packed | None]:
         """What a writer gets of shard `index`: drafts, or coded chunks."""
         drafts = self.drafts(index, voxels)
-        return [self._encoder.pack(draft) for draft in drafts] if self._codes else [*drafts]
+        return [self._encoder.pack(draft) for draft in drafts] if self._packs else [*drafts]
 
 
 class ShardWriter:

@@ -113,8 +113,15 @@ class LinearSynthesis(LinearTransform):
         return self.filtered(x_hat, quality)
 
     def filtered(self, x_hat: Tensor, quality: Tensor) -> Tensor:
-        """Chunks (batch, 1, z, y, x) behind the post-filter."""
-        return x_hat if self.postfilter is None else torch.as_tensor(self.postfilter(x_hat, quality))
+        """Chunks (batch, 1, z, y, x) behind the post-filter, where it is worth its time."""
+        if self.postfilter is None:
+            return x_hat
+        used = quality <= self.postfilter.finest
+        # Where it learns, every parameter has a gradient, be it zero.
+        if not self.training and not bool(used.any()):
+            return x_hat
+        better = self.postfilter(x_hat, quality)
+        return torch.where(used[:, None, None, None, None], better, x_hat)
 
     def unlapped(self, y_hat: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x) before lapping is undone."""

@@ -18,6 +18,8 @@ configuration has no sizes for a network, its linear part stands alone.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,6 +34,9 @@ from ucray.codec.weights import Weights
 from ucray.config import AnalysisConfig, CodecConfig, FilterConfig, SynthesisConfig
 from ucray.errors import WeightsError
 from ucray.grid import Shape3, triple
+
+FEATURES_PER_VOXEL = 64
+"""Of a decoder, at most: what it takes to decode a chunk is bounded by its voxels."""
 
 
 class ResidualBlock(nn.Module):
@@ -193,7 +198,15 @@ def stored_synthesis(weights: Weights, part: str) -> LinearSynthesis:
     """
     config = weights.config
     sizes, filter_sizes = _sizes(config, part)
-    # Built as large as a configuration says, a network could take all memory before anything is compared.
+    # Built as large as a configuration says, a network could take all memory before anything is compared, and
+    # what it computes, however few numbers it has, when a chunk is decoded.
+    widths = []
+    if sizes is not None:
+        widths.append(sizes.grid_width / math.prod(config.grid_stride))
+    if filter_sizes is not None:
+        widths.append(filter_sizes.width / math.prod(config.filter_cell))
+    if max(widths, default=0.0) > FEATURES_PER_VOXEL:
+        raise WeightsError(f"the weights are damaged: more than {FEATURES_PER_VOXEL} features a voxel")
     least = 0
     if sizes is not None:
         least += sizes.latent_blocks * sizes.latent_width**2 + sizes.grid_blocks * sizes.grid_width**2

@@ -2,8 +2,8 @@
 
 ::
 
-    x_hat --cells of 2^3--> 3^3 convolution --> layers of one plane each --> pointwise --(+)--> x_hat
-      +--------------------------------------------------------------------------------^
+    x_hat --cells of 2^3--> convolution --> residual convolutions --> pointwise --(+)--> x_hat
+      +---------------------------------------------------------------------------^
 
 What rounding takes away is not all lost: what is left of an edge says where the rest of it was. A linear
 transform cannot say so, nor do networks on its cells find it (EXPERIMENTS.md), whose few positions all
@@ -21,12 +21,11 @@ from torch.nn import functional
 
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.convolution import Convolution
-from ucray.codec.wavelet import cells_to_volume, volume_to_cells
 from ucray.config import CodecConfig, FilterConfig
 from ucray.grid import Shape3, triple
 
 PLANES: tuple[Shape3, ...] = ((1, 3, 3), (3, 1, 3), (3, 3, 1))
-"""Kernels of the layers, in turn: three of them see 5^3 cells for the price of one of 3^3."""
+"""Kernels of the convolutions, in turn: three of them see 5^3 cells for the price of one of 3^3."""
 
 
 class FilterLayer(nn.Module):
@@ -34,11 +33,13 @@ class FilterLayer(nn.Module):
 
     def __init__(self, width: int, kernel: Shape3) -> None:
         super().__init__()
-        self.spatial = Convolution(width, width, kernel, padding=triple(k // 2 for k in kernel))
+        self.spatial = _convolution(width, width, kernel)
         self.affine = QualityAffine(width)
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
-        return x + functional.relu(self.affine.behind(self.spatial, x, quality), inplace=True)
+        change = functional.relu(self.affine.behind(self.spatial, x, quality), inplace=True)
+        # In place saves a tensor where no gradient needs it.
+        return x + change if torch.is_grad_enabled() else change.add_(x)
 
 
 class PostFilter(nn.Module):
@@ -47,11 +48,12 @@ class PostFilter(nn.Module):
     def __init__(self, config: CodecConfig, sizes: FilterConfig) -> None:
         super().__init__()
         self.cell = config.filter_cell
+        self.finest = sizes.finest
         voxels = math.prod(self.cell)
-        self.enter = Convolution(voxels, sizes.width, 3, padding=1)
+        self.enter = _convolution(voxels, sizes.width, PLANES[0])
         self.entered = QualityAffine(sizes.width)
         self.layers = nn.ModuleList(
-            FilterLayer(sizes.width, PLANES[number % len(PLANES)]) for number in range(sizes.layers)
+            FilterLayer(sizes.width, PLANES[number % len(PLANES)]) for number in range(1, sizes.layers + 1)
         )
         self.leave = Convolution(sizes.width, voxels, 1)
         self.left = QualityAffine(voxels)
@@ -59,9 +61,32 @@ class PostFilter(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
-        cells = volume_to_cells(x, self.cell).permute(0, 4, 1, 2, 3)
+        cells = channels_first_cells(x, self.cell).contiguous(memory_format=torch.channels_last_3d)
         features = functional.relu(self.entered.behind(self.enter, cells, quality), inplace=True)
         for layer in self.layers:
             features = layer(features, quality)
         change = self.left.behind(self.leave, features, quality).float()
-        return torch.as_tensor(x + cells_to_volume(change.permute(0, 2, 3, 4, 1), self.cell))
+        return torch.as_tensor(x + channels_first_volume(change, self.cell))
+
+
+def channels_first_cells(volume: Tensor, cell: Shape3) -> Tensor:
+    """Volumes (batch, 1, Z, Y, X) as cells (batch, voxels of a cell, z, y, x).
+
+    Laid out several times as fast as with a cell's few voxels side by side.
+    """
+    batch, _, z, y, x = volume.shape
+    a, b, c = cell
+    values = volume.reshape(batch, z // a, a, y // b, b, x // c, c).permute(0, 2, 4, 6, 1, 3, 5)
+    return values.reshape(batch, a * b * c, z // a, y // b, x // c)
+
+
+def channels_first_volume(cells: Tensor, cell: Shape3) -> Tensor:
+    """Undo `channels_first_cells`."""
+    batch, _, z, y, x = cells.shape
+    a, b, c = cell
+    values = cells.reshape(batch, a, b, c, z, y, x).permute(0, 4, 1, 5, 2, 6, 3)
+    return values.reshape(batch, 1, z * a, y * b, x * c)
+
+
+def _convolution(inputs: int, outputs: int, kernel: Shape3) -> Convolution:
+    return Convolution(inputs, outputs, kernel, padding=triple(k // 2 for k in kernel))

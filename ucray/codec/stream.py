@@ -116,11 +116,11 @@ class StreamModel:
 
     def _last_pass(self, walk: Walk, latents: npt.NDArray[np.float32], step: npt.NDArray[np.int32]) -> int:
         """How many passes hold all latents that are not rounded to zero: no later one is worth a look."""
-        large = [
-            bool((np.abs(walk.rows(part, latents)) > SMALLEST * step[part.first : part.last]).any())
-            for part in self.context.passes
-        ]
-        return len(large) - large[::-1].index(True) if any(large) else 0
+        for count in range(len(self.context.passes), 0, -1):
+            part = self.context.passes[count - 1]
+            if (np.abs(walk.rows(part, latents)) > SMALLEST * step[part.first : part.last]).any():
+                return count
+        return 0
 
     def _rounded(self, scaled: npt.NDArray[np.float64], tables: Tables) -> npt.NDArray[np.int16]:
         """Of two neighbouring symbols the one with the lower squared error + SLOPE * bits."""

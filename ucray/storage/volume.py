@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from glob import has_magic
@@ -113,7 +113,12 @@ class Volume:
 
 
 def open_volume(
-    url: str, array: str | None = None, endpoint_url: str | None = None, select: str | None = None
+    url: str,
+    array: str | None = None,
+    endpoint_url: str | None = None,
+    select: str | None = None,
+    *,
+    dtypes: Sequence[str] = DTYPES,
 ) -> Volume:
     """Open the volume at `url`.
 
@@ -127,6 +132,8 @@ def open_volume(
         scale is the default.
     select
         One place on each axis that is not z, y or x, as t=0,c=1. Axes of one place need none.
+    dtypes
+        Types that are served; labels come in others than voxels.
 
     Raises
     ------
@@ -141,8 +148,8 @@ def open_volume(
     opened = _open(url, array, endpoint_url)
     chosen = _chosen(opened, places, url)
     dtype = np.dtype(opened.dtype).name
-    if dtype not in DTYPES:
-        raise DtypeError(f"{url} holds voxels of type {dtype}; {', '.join(DTYPES)} are served")
+    if dtype not in dtypes:
+        raise DtypeError(f"{url} holds voxels of type {dtype}; {', '.join(dtypes)} are served")
     if min(opened.shape) < 1:
         raise SourceError(f"{url} has shape {opened.shape} and holds no voxels")
     identity = f"{url}\n{opened.path}\n{opened.metadata}"

@@ -28,7 +28,7 @@ from ucray.codec.linear import LinearSynthesis, start_linear
 from ucray.codec.network import stored_synthesis, synthesis_of
 from ucray.codec.postfilter import PostFilter
 from ucray.codec.prior import ContextPrior
-from ucray.codec.weights import Weights
+from ucray.codec.weights import Array, Weights
 from ucray.config import CodecConfig
 from ucray.errors import SettingsError, WeightsError
 from ucray.settings import TrainingConfig
@@ -44,7 +44,7 @@ WARM_UP = 40
 TABLE_SPEED = 10.0
 """Learning rate of what depends on the quality against the networks': an entry meets few of the chunks."""
 
-FILTER_SPEED = 2.0
+FILTER_SPEED = 5.0
 """Of the post-filters, which start from noise behind a transform that works."""
 
 LAPPING_SPEED = 0.3
@@ -101,9 +101,15 @@ class Trainer:
             config, self.coder, self.teacher, self.student, taught=settings.taught
         )
         self._started = start is not None
+        self._kept_tensors: dict[str, Array] = {}
+        if start is not None and settings.keep_stream:
+            # What was counted stays too: chunks are the same to the byte.
+            for part in ("stream", "analysis", "reference"):
+                self._kept_tensors |= start.part(part, keep_prefix=True)
         if start is not None:
             load_coder(start, self.coder)
             for part, decoder in (("teacher", self.teacher), ("student", self.student)):
+                _start_scales(decoder, self.coder.analysis, stored_synthesis(start, "teacher"))
                 _start_like(decoder, stored_synthesis(start, part))
         for module in (self.coder, self.teacher, self._distillation):
             module.to(self.device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -164,8 +170,10 @@ class Trainer:
         """Weights after the last step, pruned and counted on `batches`."""
         freeze(self.coder)
         moved = [batch.to(self.device) for batch in batches]
-        made = prune(Networks(self.config, self.coder, self.teacher, self.student), moved)
-        return to_weights(made.config, made.coder, made.teacher, made.student, moved, training)
+        found = Networks(self.config, self.coder, self.teacher, self.student)
+        made = prune(found, moved, keep_coder=self.settings.keep_stream)
+        weights = to_weights(made.config, made.coder, made.teacher, made.student, moved, training)
+        return Weights(weights.config, {**weights.tensors, **self._kept_tensors}, training)
 
     def to_bytes(self) -> bytes:
         """State of the run as a safetensors file, for a checkpoint."""
@@ -210,7 +218,10 @@ class Trainer:
         self._stage = stage
         module: nn.Module
         if stage == 1:
-            module = RateDistortion(self.coder, self.teacher, self.student)
+            keep = self.settings.keep_stream
+            if keep:
+                freeze(self.coder)
+            module = RateDistortion(self.coder, self.teacher, self.student, keep_stream=keep)
         else:
             if not resumed:
                 freeze(self.coder)
@@ -270,13 +281,19 @@ def _start_like(decoder: LinearSynthesis, stored: LinearSynthesis) -> None:
     decoder.load_state_dict(state)
 
 
+def _start_scales(network: nn.Module, *others: nn.Module) -> None:
+    """Give a network the scales of its inputs and outputs that others know; the last one counts."""
+    with torch.no_grad():
+        for other in others:
+            scales = dict(other.named_buffers(recurse=False))
+            for name, buffer in network.named_buffers(recurse=False):
+                if name in scales and name.endswith("_scale"):
+                    buffer.copy_(scales[name])
+
+
 def _start_linear_like(student: LinearSynthesis, other: LinearSynthesis) -> None:
     """Give a student another synthesis' linear part and scales: what is linear needs no teaching."""
-    with torch.no_grad():
-        scales = dict(other.named_buffers(recurse=False))
-        for name, buffer in student.named_buffers(recurse=False):
-            if name in scales:
-                buffer.copy_(scales[name])
+    _start_scales(student, other)
     for name in ("linear", "rescaled", "lapped"):
         getattr(student, name).load_state_dict(getattr(other, name).state_dict())
 

@@ -79,20 +79,30 @@ class Coder(nn.Module):
 class RateDistortion(nn.Module):
     """Stage 1: loss of a batch, over coder, teacher and student.
 
-    The student reads the stream along with the teacher, so that the stream is one that both can read.
+    The student reads the stream along with the teacher, so that the stream is one that both can read. Where
+    the stream is kept as it is, only they learn.
     """
 
-    def __init__(self, coder: Coder, teacher: LinearSynthesis, student: LinearSynthesis) -> None:
+    def __init__(
+        self, coder: Coder, teacher: LinearSynthesis, student: LinearSynthesis, *, keep_stream: bool = False
+    ) -> None:
         super().__init__()
-        self.coder = coder
         self.teacher = teacher
         self.student = student
+        # What is kept stays out of the module tree: it has no gradient.
+        self._kept = (coder,) if keep_stream else None
+        if not keep_stream:
+            self.coder = coder
 
     def forward(
         self, x: Tensor, quality: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, and figures to log: mse of teacher and student (normalised) and bpp, means over the batch."""
-        stream = self.coder(x, quality, generator)
+        if self._kept is None:
+            stream = self.coder(x, quality, generator)
+        else:
+            with torch.no_grad():
+                stream = frozen_stream(*self._kept, x, quality)
         with in_fewer_bits(x):
             taught = self.teacher(stream.y_hat, stream.prior, quality)
             learnt = self.student(stream.y_hat, stream.prior, quality)

@@ -19,7 +19,7 @@ from ucray.codec.linear import LinearSynthesis
 from ucray.codec.network import synthesis_of
 from ucray.codec.prior import lambda_of
 from ucray.config import CodecConfig
-from ucray.training.loss import Coder, frozen_stream
+from ucray.training.loss import Coder, Stream, frozen_stream
 
 TOLERANCE = 0.002
 """Of the loss, as a share: about half a percent of all bytes, or 0.02 dB."""
@@ -43,19 +43,25 @@ class Networks:
 DECODERS = ("student", "teacher")
 
 
-def prune(found: Networks, batches: Sequence[Tensor]) -> Networks:
-    """The networks without what adds nothing on `batches` (batch, 1, z, y, x); the coder is frozen."""
-    batches = batches[:BATCHES]
+def prune(found: Networks, batches: Sequence[Tensor], *, keep_coder: bool = False) -> Networks:
+    """The networks without what adds nothing on `batches` (batch, 1, z, y, x); the coder is frozen.
+
+    Where it is kept, its networks stay whatever they add.
+    """
+    measured = _Measured.of(found, batches[:BATCHES])
     for part in DECODERS:
+        loss = measured.loss(getattr(found, part))
         for name in (part, f"{part}_filter"):
-            if getattr(found.config, name) is not None:
-                tried = without(found, part, name)
-                if _loss(tried, part, batches) <= _loss(found, part, batches) + TOLERANCE:
-                    found = tried
-    if found.config.analysis is not None:
-        loss, counts = _measured(found, "student", batches)
-        tried = with_linear_analysis(found, counts.argmax(dim=1))
-        if _loss(tried, "student", batches) <= loss + TOLERANCE:
+            if getattr(found.config, name) is None:
+                continue
+            tried = without(found, part, name)
+            reached = measured.loss(getattr(tried, part))
+            if reached <= loss + TOLERANCE:
+                found, loss = tried, reached
+    if found.config.analysis is not None and not keep_coder:
+        tried = with_linear_analysis(found, measured.counts.argmax(dim=1))
+        reached = _Measured.of(tried, batches[:BATCHES]).loss(tried.student)
+        if reached <= measured.loss(found.student) + TOLERANCE:
             found = tried
     return found
 
@@ -104,33 +110,44 @@ def _fold(old: nn.Module, new: nn.Module, vector: Tensor, layers: dict[str, int]
     new.to(vector.device)
 
 
-def _loss(found: Networks, part: str, batches: Sequence[Tensor]) -> float:
-    return _measured(found, part, batches)[0]
+@dataclass(frozen=True)
+class _Measured:
+    """Frozen streams of batches at each quality of TRIED, and counts of their codes (stages, codes)."""
 
+    batches: Sequence[Tensor]
+    streams: Sequence[Sequence[Stream]]
+    counts: Tensor
 
-def _measured(found: Networks, part: str, batches: Sequence[Tensor]) -> tuple[float, Tensor]:
-    """Mean over TRIED of log(squared error + lambda * bits a voxel); counts of the codes (stages, codes).
-
-    The error is that of one decoder ("student" or "teacher").
-    """
-    config = found.config
-    decoder: LinearSynthesis = getattr(found, part)
-    counts = torch.zeros(config.code_stages, config.codes)
-    sums = []
-    for quality in TRIED:
-        error, bits = 0.0, 0.0
-        for x in batches:
-            at = torch.full((len(x),), quality, device=x.device)
-            with torch.no_grad():
-                stream = frozen_stream(found.coder, x, at)
-                x_hat = decoder(stream.y_hat, stream.prior, at)
-            error += float((x_hat - x).square().sum())
-            bits += float(stream.bits.sum())
+    @classmethod
+    def of(cls, found: Networks, batches: Sequence[Tensor]) -> _Measured:
+        """What the coder of `found` gives."""
+        config = found.config
+        counts = torch.zeros(config.code_stages, config.codes)
+        with torch.no_grad():
+            streams = [
+                [frozen_stream(found.coder, x, _qualities(x, quality)) for x in batches] for quality in TRIED
+            ]
+        for stream in (one for row in streams for one in row):
             for count, codes in zip(counts, stream.codes.unbind(1), strict=True):
                 count += torch.bincount(codes.reshape(-1).cpu(), minlength=config.codes)
-        sums.append((error, bits, lambda_of(quality)))
-    share = counts / counts.sum(dim=1, keepdim=True)
-    code_bits = -float(torch.xlogy(counts, share).sum()) / math.log(2.0) / len(TRIED)
-    voxels = sum(x.numel() for x in batches)
-    losses = [math.log((error + weight * (bits + code_bits)) / voxels) for error, bits, weight in sums]
-    return math.fsum(losses) / len(TRIED), counts
+        return cls(batches, streams, counts)
+
+    def loss(self, decoder: LinearSynthesis) -> float:
+        """Mean over TRIED of log(squared error + lambda * bits a voxel), the codes counted in."""
+        share = self.counts / self.counts.sum(dim=1, keepdim=True)
+        code_bits = -float(torch.xlogy(self.counts, share).sum()) / math.log(2.0) / len(TRIED)
+        voxels = sum(x.numel() for x in self.batches)
+        losses = []
+        for quality, row in zip(TRIED, self.streams, strict=True):
+            error, bits = 0.0, code_bits
+            for x, stream in zip(self.batches, row, strict=True):
+                with torch.no_grad():
+                    x_hat = decoder(stream.y_hat, stream.prior, _qualities(x, quality))
+                error += float((x_hat - x).square().sum())
+                bits += float(stream.bits.sum())
+            losses.append(math.log((error + lambda_of(quality) * bits) / voxels))
+        return math.fsum(losses) / len(TRIED)
+
+
+def _qualities(x: Tensor, quality: float) -> Tensor:
+    return torch.full((len(x),), quality, device=x.device)
