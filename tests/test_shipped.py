@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -18,7 +19,10 @@ from ucray.synthetic import synthetic_volume
 
 ROOT = Path(ucray.__file__).parent / "weights"
 
-DIGESTS = {"em-fib-v1": "d225abc93adea152e071f3ab798a21a04bfb8a4f6301176e7fd0afcfef99672f"}
+DIGESTS = {
+    "em-fib-v1": "d225abc93adea152e071f3ab798a21a04bfb8a4f6301176e7fd0afcfef99672f",
+    "em-fib-v2": "de882afbd25346fedfc0590f147b8f4ebe31083dac82c4136bab09b50a2c4fa4",
+}
 
 FORMAT = ChunkFormat((64, 64, 64), "uint8", 0.0, 128.0, 30.0)
 
@@ -36,7 +40,7 @@ def test_every_weights_file_has_a_card_and_stays_small(name: str) -> None:
 
 
 def test_they_serve_isotropic_volumes_alone() -> None:
-    assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v1"
+    assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v2"
     assert shipped_for(config_for_voxels((50.0, 4.6, 4.6))) is None
 
 
@@ -44,8 +48,8 @@ def test_compress_takes_them_by_default_and_says_so(tmp_path: Path) -> None:
     source, archive = str(tmp_path / "em.zarr"), str(tmp_path / "em.ucray")
     ucray.synth(source, (64, 64, 128), seed=1)
     report = ucray.compress(source, archive, run_options=ucray.RunOptions(serial=True))
-    assert report.weights == "em-fib-v1"
-    assert ucray.info(archive)["weights_digest"] == DIGESTS["em-fib-v1"]
+    assert report.weights == "em-fib-v2"
+    assert ucray.info(archive)["weights_digest"] == DIGESTS["em-fib-v2"]
     found = ucray.verify(archive, source, serial=True)
     assert found.clean
     plan = CliRunner().invoke(app, ["compress", source, "DST", "--weights", "em-fib-v1", "--dry-run"])
@@ -57,9 +61,21 @@ def test_names_that_are_none_are_refused(tmp_path: Path) -> None:
         ucray.load_weights("em-fib-v0")
 
 
-def test_quality_covers_ratios_from_8_to_1000() -> None:
+def test_the_second_codes_as_the_first_and_decodes_better() -> None:
+    """Its post-filter was learnt behind the very stream of em-fib-v1."""
+    first, second = (shipped_weights(name) for name in ("em-fib-v1", "em-fib-v2"))
+    tables = first.part("stream")
+    assert tables.keys() == second.part("stream").keys()
+    for name, array in second.part("stream").items():
+        np.testing.assert_array_equal(array, tables[name], err_msg=name)
+    assert second.config.student_filter is not None
+    assert second.config.teacher_filter is not None
+
+
+@pytest.mark.parametrize("name", sorted(DIGESTS))
+def test_quality_covers_ratios_from_8_to_1000(name: str) -> None:
     """One set of weights; on tissue without noise of its own the coarse end reaches far beyond."""
-    encoder = ChunkEncoder(shipped_weights("em-fib-v1"), FORMAT)
+    encoder = ChunkEncoder(shipped_weights(name), FORMAT)
     voxels = synthetic_volume((64, 64, 64), 0, padding=0)
     sizes = [len(encoder.encode(voxels, quality).data) for quality in (0, 255)]
     assert voxels.nbytes / sizes[0] > 400
