@@ -28,6 +28,7 @@ from ucray.codec.rate import CHUNK_OVERHEAD
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError, WeightsError
 from ucray.grid import triple
+from ucray.quality import SeamSum
 from ucray.synthetic import synthetic_volume
 
 POINT = Point("x", "volume", 0.0, 16.0, 30.0, 0.5, 1.0, 1.0, "1", 1.0, 1.0)
@@ -153,6 +154,23 @@ def test_a_run_measures_ours_and_theirs(tiny_weights: Weights, volume: Voxels) -
     assert student[0].ratio < student[1].ratio
     assert all(p.encode_speed > 0 and p.decode_speed > 0 and -1 <= p.ssim <= 1 for p in found.points)
     assert len([p for p in found.points if p.codec == "SZ3"]) >= 2
+
+
+def test_seams_are_those_of_ucray_s_chunks(tiny_weights: Weights, volume: Voxels) -> None:
+    """Of ours and of a peer that codes the volume as one."""
+    chunk = (16, 32, 32)
+    found = run_bench(volume, tiny_weights, chunk, codecs=["ucray", "sz3"], ratios=[40])
+    ours = found.points[0]
+    with VolumeCodec(volume, tiny_weights, chunk, 0.0) as codec:
+        decoded = codec.decode(codec.encode(int(ours.setting)))
+    expected = SeamSum.between(volume, decoded, chunk)
+    assert (ours.seam_error, ours.seam_step) == (expected.error, expected.step)
+    peer = PEERS["sz3"]
+    theirs = next(point for point in found.points if point.codec == "SZ3")
+    back = peer.decode(peer.encode(volume, theirs.setting), triple(iter(volume.shape)))
+    expected = SeamSum.between(volume, back, chunk)
+    assert (theirs.seam_error, theirs.seam_step) == (expected.error, expected.step)
+    assert ours.seam_error != ours.seam_step
 
 
 def test_weights_that_cannot_encode_are_refused_before_a_process_starts(

@@ -25,6 +25,7 @@ from ucray.cluster.telemetry import Telemetry
 from ucray.cluster.worker import ShardEncoder
 from ucray.errors import ArchiveError, DestinationError, JobError, SettingsError, SourceError, WeightsError
 from ucray.grid import Shape3
+from ucray.quality import SeamSum
 from ucray.storage.objects import open_objects, open_store
 from ucray.storage.shard import STATISTICS, shard_key
 
@@ -425,6 +426,25 @@ def test_metadata_that_a_reader_would_go_by_are_checked(
     metadata.write_text(text.replace(was, now, 1))
     found = ucray.verify(str(tmp_path / "a"), serial=True)
     assert found.problems == ("0/zarr.json does not say what the archive's settings say",)
+
+
+def test_verification_measures_the_seams_within_shards(
+    source: str, weights_file: str, tmp_path: Path
+) -> None:
+    _serial(source, tmp_path / "a", weights_file)
+    found = ucray.verify(str(tmp_path / "a"), source, serial=True)
+    original = np.asarray(zarr.open_array(Path(source) / "0", mode="r")[...])
+    decoded = np.asarray(zarr.open_array(tmp_path / "a" / "0", mode="r")[...])
+    expected = SeamSum()
+    for z in range(0, SHAPE[0], 32):
+        for y in range(0, SHAPE[1], 64):
+            for x in range(0, SHAPE[2], 32):
+                shard = (slice(z, z + 32), slice(y, y + 64), slice(x, x + 32))
+                expected += SeamSum.between(original[shard], decoded[shard], (32, 32, 32))
+    assert found.seam_error == pytest.approx(expected.error)
+    assert found.seam_step == pytest.approx(expected.step)
+    assert found.seam_error != pytest.approx(found.seam_step, rel=1e-3)
+    assert ucray.verify(str(tmp_path / "a"), serial=True).seam_error is None
 
 
 def test_a_changed_source_is_noticed(source: str, weights_file: str, tmp_path: Path) -> None:
