@@ -274,7 +274,7 @@ def test_new_weights_have_filters_of_both_sizes() -> None:
         config = config_for_voxels(voxel)
         assert config.student_filter is not None
         assert config.teacher_filter is not None
-        assert config.teacher_filter.width > config.student_filter.width
+        assert config.teacher_filter.layers > config.student_filter.layers
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ class DecoderSizes(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(config, **given)
 
 
-TEACHER_FILTER, STUDENT_FILTER = FilterConfig(width=32, layers=6), FilterConfig(width=16, layers=2)
+TEACHER_FILTER, STUDENT_FILTER = FilterConfig(width=16, layers=6), FilterConfig(width=16, layers=2)
 """Post-filters of new weights."""
 
 SMALL_CELL = 256
