@@ -191,7 +191,8 @@ def test_an_archive_says_who_made_it(archive: str) -> None:
     # Of a volume of no more chunks than are sampled, what was expected is what was stored.
     stored = ucray.info(archive)
     assert told["expected"]["psnr"] == pytest.approx(stored["psnr"], abs=0.051)
-    assert told["expected"]["ratio"] == pytest.approx(stored["ratio"], rel=0.01)
+    # In an archive of 7 kB the metadata, which a plan takes for 2 kB, are a third.
+    assert told["expected"]["ratio"] == pytest.approx(stored["measured_ratio"], rel=0.1)
 
 
 def test_threads_read_the_same(archive: str, voxels: Any) -> None:
