@@ -171,7 +171,7 @@ def test_outlines_of_thick_sections_are_found_section_by_section() -> None:
 def test_what_cannot_be_measured_is_named_and_the_rest_keeps_its_rows(known: Labelled) -> None:
     """A codec without weights is missing; two ratios that take one setting have a row each."""
     traced = run_task(
-        "membrane", known, None, (64, 64, 64), codecs=["ucray", "jpegxl"], ratios=[7.0, 7.5], data_range=255.0
+        "membrane", known, None, (64, 64, 64), codecs=["ucray", "jpegxl"], ratios=[7.5, 7.6], data_range=255.0
     )
     assert traced.missing == {"ucray": "no weights were given"}
     assert len({score.ratio for score in traced.scores if score.codec == "jpegxl"}) == 1
