@@ -184,7 +184,7 @@ def test_what_cannot_be_measured_is_named_and_the_rest_keeps_its_rows(known: Lab
 
 def test_a_half_without_membranes_is_refused() -> None:
     voxels, labels = cells(3)
-    labels[:, : SHAPE[1] // 2] = 7
+    labels[:, : SHAPE[1] // 2 + 2] = 7
     with pytest.raises(SettingsError, match="no membranes"):
         run_task(
             "membrane", labelled(voxels, labels, [], flat=False), None, (64, 64, 64), ratios=[8.0],
