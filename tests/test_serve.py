@@ -25,6 +25,7 @@ import tensorstore
 import uvicorn
 import zarr
 from browser import Browser, chromium, wait_for
+from numpy.lib.stride_tricks import sliding_window_view
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -469,28 +470,41 @@ def test_a_browser_shows_the_volume_s_voxels_beside_its_source(
 
 def _differences(picture: Any, planes: list[Any]) -> list[float]:
     """Mean difference of each panel from its plane; infinite where it has another size."""
-    found = []
-    for panel, plane in zip(_panels(picture), planes, strict=False):
-        # One pixel a voxel; the frame covers the outermost, and the shader rounds in its own way.
-        inside = panel[2:-2, 2:-2] - plane[2:-2, 2:-2].astype(int) if panel.shape == plane.shape else np.inf
-        found.append(float(np.abs(inside).mean()))
-    return found
+    return [_difference(panel, plane) for panel, plane in zip(_panels(picture), planes, strict=False)]
+
+
+def _difference(panel: Any, plane: Any) -> float:
+    # One pixel a voxel. Which voxels the frame covers goes by the parity of the panel, so by the fonts of
+    # the page: at most two at each face, and the shader rounds in its own way.
+    hidden = np.subtract(plane.shape, panel.shape)
+    if (hidden < 0).any() or (hidden > 4).any():
+        return float("inf")
+    seen = sliding_window_view(plane.astype(int), panel.shape)
+    return float(np.abs(seen - panel).mean((-1, -2)).min())
 
 
 def _panels(picture: Any) -> list[Any]:
     """What stands within the yellow frames that neuroglancer draws around volumes, from left to right."""
     yellow = (picture[..., 0] > 200) & (picture[..., 1] > 200) & (picture[..., 2] < 80)
-    rows, columns = np.nonzero(yellow[100:])
-    if not len(rows):
-        return []
+    yellow[:100] = False
     found = []
-    for half in (columns < picture.shape[1] // 2, columns >= picture.shape[1] // 2):
+    for left, right in ((0, picture.shape[1] // 2), (picture.shape[1] // 2, picture.shape[1])):
+        half = yellow[:, left:right]
         if half.any():
-            top, bottom = rows[half].min() + 100, rows[half].max() + 100
-            left, right = columns[half].min(), columns[half].max()
-            # The frame is three pixels wide, the outermost voxel under its middle.
-            found.append(picture[top + 1 : bottom - 1, left + 1 : right - 1, 0])
+            # A line of the frame is yellow from end to end, or nearly; the sides alone are a few pixels.
+            rows = _between(half.sum(1))
+            columns = _between(half.sum(0))
+            found.append(picture[rows, left + columns.start : left + columns.stop, 0])
     return found
+
+
+def _between(yellow: Any) -> slice:
+    """What lies between the two lines of a frame, of how much of it each row (or column) shows."""
+    (lines,) = np.nonzero(yellow > yellow.max() // 2)
+    if len(lines) < 2:
+        return slice(0, 0)
+    gap = int(np.argmax(np.diff(lines)))
+    return slice(int(lines[gap]) + 1, int(lines[gap + 1]))
 
 
 def test_the_viewer_s_state_is_no_place_to_store_things(url: str) -> None:
