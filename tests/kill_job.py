@@ -68,11 +68,11 @@ def watch() -> None:
 def _note_encodes(module: Any) -> None:
     really = module.ShardEncoder.drafts
 
-    def drafts(self: Any, index: Shape3, voxels: np.ndarray[Any, Any]) -> Any:
+    def drafts(self: Any, index: Shape3, voxels: np.ndarray[Any, Any], weights: Any) -> Any:
         with Path(os.environ[LOG]).open("a") as log:
             log.write(json.dumps([list(index), time.time()]) + "\n")
         time.sleep(ENCODING)
-        return really(self, index, voxels)
+        return really(self, index, voxels, weights)
 
     module.ShardEncoder.drafts = drafts
 

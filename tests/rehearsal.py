@@ -43,7 +43,7 @@ def copy_bytes() -> None:
         self._settings = job.settings
         self._packs = False
 
-    def drafts(self: Any, index: Any, voxels: np.ndarray[Any, Any]) -> list[Draft]:
+    def drafts(self: Any, index: Any, voxels: np.ndarray[Any, Any], weights: None) -> list[Draft]:
         frame = zstd.compress(voxels.tobytes(), 1)
         return [Draft(index, b"", b"", frame, None, ErrorSum(voxels.size))]
 

@@ -263,9 +263,9 @@ def test_a_shard_that_was_committed_meanwhile_is_not_coded_again(
     coded: list[object] = []
     really = ShardEncoder.drafts
 
-    def drafts(self: ShardEncoder, index: Shape3, voxels: Any) -> Any:
+    def drafts(self: ShardEncoder, index: Shape3, voxels: Any, weights: Any) -> Any:
         coded.append(index)
-        return really(self, index, voxels)
+        return really(self, index, voxels, weights)
 
     monkeypatch.setattr(ShardEncoder, "drafts", drafts)
     _serial(source, tmp_path / "whole", weights_file)

@@ -59,6 +59,13 @@ Roi = Annotated[str | None, typer.Option(help="Region z0:z1,y0:y1,x0:x1.")]
 Levels = Annotated[
     int, typer.Option(min=0, max=16, help="Coarser levels beside the volume; they take no bytes to speak of.")
 ]
+Importance = Annotated[
+    str | None,
+    typer.Option(
+        help="Weights of voxels' errors, from 0 on: an array as large as the source, "
+        "or coarser by whole factors."
+    ),
+]
 Memory = Annotated[str | None, typer.Option(help="What an encode worker may take, as 4GiB; 6GiB by default.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MetricsPort = Annotated[

@@ -20,6 +20,7 @@ from ucray.arguments import (
     Device,
     Endpoint,
     ExactFill,
+    Importance,
     Levels,
     Lossless,
     MaxError,
@@ -192,6 +193,7 @@ def compress(
     chunk: Chunk = None,
     shard: Shard = None,
     roi: Roi = None,
+    importance: Importance = None,
     levels: Levels = 0,
     memory: Memory = None,
     metrics_port: MetricsPort = None,
@@ -228,6 +230,7 @@ def compress(
         chunk=chunk,
         shard=shard,
         roi=roi,
+        importance=importance,
         levels=levels,
         memory=memory,
     )
@@ -285,6 +288,7 @@ def plan(
     chunk: Chunk = None,
     shard: Shard = None,
     roi: Roi = None,
+    importance: Importance = None,
     memory: Memory = None,
     workers: Workers = 1,
     device: Device = "auto",
@@ -312,6 +316,7 @@ def plan(
         chunk=chunk,
         shard=shard,
         roi=roi,
+        importance=importance,
         memory=memory,
     )
     prices = {"gb_month": gb_month, "thousand_puts": thousand_puts, "thousand_gets": thousand_gets}

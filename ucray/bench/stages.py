@@ -70,7 +70,7 @@ def measure_stages(
     x = torch.from_numpy(values.astype(np.float32)).to(place).contiguous(memory_format=torch.channels_last_3d)
 
     encoder = ChunkEncoder(weights, chunk_format)
-    latents = encoder.latents(voxels[:2], quality)[0]
+    latents = encoder.latents(voxels[:1], [quality])[0]
     stream = encoder.stream
     symbols, coded = stream.quantise(latents.codes, latents.values, quality)
     words, escapes = stream.encode(symbols)

@@ -24,15 +24,12 @@ from ucray.codec.weights import Weights
 from ucray.config import default_chunk
 from ucray.errors import SettingsError
 from ucray.grid import Box, Shape3, parse_box
-from ucray.storage.volume import Volume, open_volume
+from ucray.storage.volume import LABEL_DTYPES, Volume, open_volume
 from ucray.zarr_level import level_factors
 
 STAGES_FILE = "stages.md"
 LEVELS_FILE = "levels.md"
 STAGES_QUALITY = 128
-
-LABEL_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
-"""Types of labels."""
 
 LARGEST = 1 << 31
 """Voxels that a benchmark holds in memory at once."""

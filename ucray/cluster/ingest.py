@@ -13,8 +13,10 @@ from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
 
 from ucray.cluster.memory import peak_memory
+from ucray.codec.importance import Weights
 from ucray.errors import UcrayError
 from ucray.grid import Box
+from ucray.storage.importance import ImportanceMap
 from ucray.storage.volume import Volume
 
 Row = dict[str, Any]
@@ -27,14 +29,18 @@ TASKS = 10_000
 class BoxSource(Datasource):
     """Reads boxes of a volume; one row and one block a box, and up to TASKS tasks.
 
-    Rows have `key` (the box's name), `voxels` (uint8: the bytes in row-major order), `shape`,
+    Rows have `key` (the box's name), `voxels` (uint8: the bytes in row-major order), `shape`, `weights` and
+    `weights_shape` of the box's cells (float32; no number where there is no importance),
     `read_seconds`, `read_memory` (peak of the process, bytes) and `error`: an unreadable box is a row with
     an error, not the end of the job.
     """
 
-    def __init__(self, volume: Volume, boxes: Sequence[tuple[str, Box]]) -> None:
+    def __init__(
+        self, volume: Volume, boxes: Sequence[tuple[str, Box]], importance: ImportanceMap | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._volume = volume
+        self._importance = importance
         self._boxes = boxes
 
     def get_read_tasks(
@@ -56,30 +62,34 @@ class BoxSource(Datasource):
         return box.voxels * np.dtype(self._volume.dtype).itemsize
 
     def _task(self, boxes: Sequence[tuple[str, Box]]) -> ReadTask:
-        volume = self._volume
+        volume, importance = self._volume, self._importance
 
         def read() -> Iterable[Block]:
             for key, box in boxes:
-                yield row_to_block(read_row(volume, key, box))
+                yield row_to_block(read_row(volume, key, box, importance))
 
         size = sum(self._nbytes(box) for _, box in boxes)
         metadata = BlockMetadata(num_rows=len(boxes), size_bytes=size, exec_stats=None, input_files=None)
         return ReadTask(read, metadata)
 
 
-def read_row(volume: Volume, key: str, box: Box) -> Row:
+def read_row(volume: Volume, key: str, box: Box, importance: ImportanceMap | None = None) -> Row:
     """The row of one box, as BoxSource describes it."""
     started = time.perf_counter()
     error = ""
-    voxels = np.empty(0, np.uint8)
+    voxels, weights = np.empty(0, np.uint8), np.empty((0, 0, 0), np.float32)
     try:
         voxels = np.frombuffer(np.ascontiguousarray(volume.read(box)).data.cast("B"), np.uint8)
+        if importance is not None:
+            weights = importance.cells(box)
     except UcrayError as failure:
         error = str(failure)
     return {
         "key": key,
         "voxels": voxels,
         "shape": np.array(box.shape, np.int64),
+        "weights": weights.reshape(-1),
+        "weights_shape": np.array(weights.shape, np.int64),
         "read_seconds": time.perf_counter() - started,
         "read_memory": peak_memory(),
         "error": error,
@@ -105,6 +115,12 @@ def voxels_of(row: Row, dtype: str) -> npt.NDArray[np.generic]:
     """The voxels of a row of BoxSource, (z, y, x)."""
     data = np.ascontiguousarray(row["voxels"], dtype=np.uint8)
     return data.view(dtype).reshape(tuple(int(n) for n in row["shape"]))
+
+
+def weights_of(row: Row) -> Weights | None:
+    """The weights of the cells of a row of BoxSource, (z, y, x); None where there is no importance."""
+    shape = tuple(int(n) for n in row["weights_shape"])
+    return np.asarray(row["weights"], np.float32).reshape(shape) if min(shape) else None
 
 
 def _column(value: Any) -> npt.NDArray[Any]:

@@ -28,6 +28,7 @@ from ucray.grid import Shape3, parse_box, parse_shape
 from ucray.quality import ErrorSum
 from ucray.settings import Settings, TrainingConfig
 from ucray.storage.archive import GROUP_KEY, WEIGHTS_KEY, Archive, find_archive, open_archive
+from ucray.storage.importance import ImportanceMap
 from ucray.storage.objects import Objects, open_objects, open_writable_store, translated
 from ucray.storage.space import Space
 from ucray.storage.volume import Volume, open_volume
@@ -105,7 +106,13 @@ def decide(
     volume = connection.open(source)
     name = weights or shipped_for(config_for(volume))
     loaded = None if name is None else load_weights(name, connection.endpoint_url)
-    return plan_compress(volume, loaded.config if loaded else config_for(volume), options), name, loaded
+    config = loaded.config if loaded else config_for(volume)
+    importance = None
+    if options.importance is not None:
+        importance = ImportanceMap.open(
+            options.importance, volume.shape, config.latent_cell, connection.endpoint_url
+        )
+    return plan_compress(volume, config, options, importance), name, loaded
 
 
 def compress(

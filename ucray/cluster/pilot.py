@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ucray.bench.pictures import JPEG_XL_EFFORT, missing
 from ucray.cluster.plan import CompressPlan, sample_chunk_boxes
-from ucray.cluster.rate import Measured, measure_volume
+from ucray.cluster.rate import Measured, measure_volume, sample_importance
 from ucray.cluster.telemetry import Listener
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.decoder import ChunkDecoder, device_for
@@ -65,6 +65,7 @@ def run_pilot(plan: CompressPlan, weights: Weights, device: str, listener: Liste
     boxes = sample_chunk_boxes(plan.grid, PILOT_CHUNKS)
     chunks = [plan.volume.read(plan.source_box(box)) for box in boxes]
     places = [triple(a // c for a, c in zip(box.start, plan.grid.chunk, strict=True)) for box in boxes]
+    _, importance = sample_importance(plan, boxes)
     bound = plan.target.max_error
     form = ChunkFormat(
         plan.grid.chunk, plan.volume.dtype, plan.volume.fill_value, measured.offset, measured.scale
@@ -74,7 +75,8 @@ def run_pilot(plan: CompressPlan, weights: Weights, device: str, listener: Liste
     # What is loaded and built at the first chunk is not a job's speed.
     encoder.encode(chunks[0], measured.quality, places[0])
     started = time.perf_counter()
-    packed = [encoder.pack(draft) for draft in encoder.drafts(chunks, measured.quality, places)]
+    drafts = encoder.drafts(chunks, measured.quality, places, importance)
+    packed = [encoder.pack(draft) for draft in drafts]
     seconds = time.perf_counter() - started
     stored = [(one.data, place) for one, place in zip(packed, places, strict=True) if one.data]
     started = time.perf_counter()

@@ -14,7 +14,7 @@ import numpy as np
 import ray.data
 from pydantic import Field
 
-from ucray.cluster.ingest import BoxSource, Row, one_row, one_row_batch, read_row, voxels_of
+from ucray.cluster.ingest import BoxSource, Row, one_row, one_row_batch, read_row, voxels_of, weights_of
 from ucray.cluster.memory import peak_memory
 from ucray.cluster.plan import CompressPlan
 from ucray.cluster.session import failure, ray_session, resources
@@ -80,7 +80,7 @@ def serially(
     encode = _EncodeRow(EncodeJob(settings, weights.to_bytes(), options.device), write)
     writer = _WriteRow(write)
     for key, box in ShardBoxes(plan, missing):
-        yield _outcome(writer.row(encode.row(read_row(plan.volume, key, box))))
+        yield _outcome(writer.row(encode.row(read_row(plan.volume, key, box, plan.importance))))
 
 
 def on_ray(
@@ -98,7 +98,9 @@ def on_ray(
         share = resources(options.encode_workers, use_gpu=options.device == "cuda", cpus=options.worker_cpus)
         encode = EncodeJob(settings, weights.to_bytes(), options.device, share.threads)
         rows = (
-            ray.data.read_datasource(BoxSource(plan.volume, ShardBoxes(plan, missing)), num_cpus=0.25)
+            ray.data.read_datasource(
+                BoxSource(plan.volume, ShardBoxes(plan, missing), plan.importance), num_cpus=0.25
+            )
             .map_batches(
                 _EncodeRow,
                 fn_constructor_args=(encode, write),
@@ -149,7 +151,7 @@ class _EncodeRow:
             if (stored := committed(self._objects, index)) is not None:
                 found, error = stored.to_bytes(), ""
             elif not error:
-                chunks = self._encoder.chunks(index, voxels_of(row, self._dtype))
+                chunks = self._encoder.chunks(index, voxels_of(row, self._dtype), weights_of(row))
         except UcrayError as failure:
             error = str(failure)
         return {

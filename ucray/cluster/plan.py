@@ -17,6 +17,7 @@ from ucray.config import CodecConfig, config_for_voxels, default_chunk
 from ucray.errors import SettingsError
 from ucray.grid import Box, Grid, Shape3, format_shape, parse_box, round_up, triple
 from ucray.settings import Settings, TrainingConfig
+from ucray.storage.importance import ImportanceMap
 from ucray.storage.volume import Volume
 from ucray.zarr_level import level_factors
 
@@ -40,7 +41,9 @@ class CompressOptions(Settings):
 
     At most one of `ratio` (source bytes over archive bytes), `psnr` (dB), `max_error` (of any voxel, in
     its units) and `lossless` is the target; without any it is DEFAULT_RATIO. Without `exact_fill` voxels of
-    the volume's fill value are coded like others. `levels` coarser ones can be read beside the volume itself.
+    the volume's fill value are coded like others. `importance` is where weights of voxels' errors are, in an
+    array as large as the volume or coarser by whole factors. `levels` coarser ones can be read beside the
+    volume itself.
     """
 
     ratio: Annotated[float, Field(ge=1.0, le=1e6)] | None = None
@@ -51,6 +54,7 @@ class CompressOptions(Settings):
     chunk: Shape3 | None = None
     shard: Shape3 | None = None
     roi: str | None = None
+    importance: str | None = None
     levels: Annotated[int, Field(ge=0, le=16)] = 0
     memory: Annotated[ByteSize, Field(ge=1)] = ByteSize(6 * 2**30)
 
@@ -104,6 +108,8 @@ class CompressPlan:
         SHA-256 of what makes two jobs write the same archive, but for the weights.
     levels
         Factors (z, y, x) of coarser levels.
+    importance
+        Weights of the voxels' errors; None where all weigh the same.
     """
 
     volume: Volume
@@ -113,6 +119,7 @@ class CompressPlan:
     peak_memory: int
     fingerprint: str
     levels: tuple[Shape3, ...] = ()
+    importance: ImportanceMap | None = None
 
     @property
     def bytes_in(self) -> int:
@@ -149,6 +156,7 @@ class CompressPlan:
             "chunk": list(self.grid.chunk),
             "shard": list(self.grid.shard),
             "levels": [list(factors) for factors in self.levels],
+            "importance": None if self.importance is None else self.importance.weights.url,
             "chunks": self.chunk_count,
             "shards": self.shard_count,
             "bytes_in": self.bytes_in,
@@ -161,7 +169,9 @@ class CompressPlan:
         }
 
 
-def plan_compress(volume: Volume, config: CodecConfig, options: CompressOptions) -> CompressPlan:
+def plan_compress(
+    volume: Volume, config: CodecConfig, options: CompressOptions, importance: ImportanceMap | None = None
+) -> CompressPlan:
     """Decide a compress job from metadata alone.
 
     Raises
@@ -171,6 +181,10 @@ def plan_compress(volume: Volume, config: CodecConfig, options: CompressOptions)
         would need more than `options.memory`.
     """
     target = Target.of(options)
+    if importance is not None and target.max_error is not None:
+        raise SettingsError(
+            "--importance spreads errors, and a bound holds for every voxel: give one of them"
+        )
     if not options.exact_fill:
         volume = volume.without_fill()
     region = Box((0, 0, 0), volume.shape) if options.roi is None else parse_box(options.roi, volume.shape)
@@ -202,8 +216,10 @@ def plan_compress(volume: Volume, config: CodecConfig, options: CompressOptions)
     }
     if options.levels:
         asked["levels"] = options.levels
+    if importance is not None:
+        asked["importance"] = importance.weights.identity
     levels = tuple(level_factors(volume.space.scale, options.levels))
-    return CompressPlan(volume, region, grid, target, peak, _sha256(asked), levels)
+    return CompressPlan(volume, region, grid, target, peak, _sha256(asked), levels, importance)
 
 
 def default_shard(shape: Shape3, chunk: Shape3) -> Shape3:

@@ -36,6 +36,8 @@ def provenance(plan: CompressPlan, measured: Measured) -> dict[str, Any]:
         command += ["--select", ",".join(f"{axis}={place}" for axis, place in volume.select)]
     command += ["--roi", str(plan.region)]
     command += ["--chunk", format_shape(plan.grid.chunk), "--shard", format_shape(plan.grid.shard)]
+    if plan.importance is not None:
+        command += ["--importance", plan.importance.weights.url]
     if plan.levels:
         command += ["--levels", str(len(plan.levels))]
     if np.isnan(volume.fill_value) and not np.issubdtype(np.dtype(volume.dtype), np.floating):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,11 @@ from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import device_for
 from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.fill import fill_mask
+from ucray.codec.importance import ChunkImportance
 from ucray.codec.rate import CHUNK_OVERHEAD, coarsest_reaching, finest_within
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
-from ucray.grid import triple
+from ucray.grid import Box, triple
 from ucray.quality import ErrorSum
 
 SAMPLED_CHUNKS = 64
@@ -46,7 +48,7 @@ class Measured:
     """Normalisation (offset, scale), peak value for PSNR, the quality to code at, and what it gives.
 
     `bytes_out` are those of the whole archive without weights, projected from the sample; `psnr` is that of
-    the sample.
+    the sample. `importance_mean` is the mean weight of the sample's cells.
     """
 
     offset: float
@@ -55,6 +57,7 @@ class Measured:
     quality: int
     bytes_out: float
     psnr: float
+    importance_mean: float = 1.0
 
 
 def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: Listener) -> Measured:
@@ -75,11 +78,12 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     peak = data_range(samples, volume.dtype, volume.fill_value)
     chunk = ChunkFormat(plan.grid.chunk, volume.dtype, volume.fill_value, offset, scale)
     encoder = ChunkEncoder(weights, chunk, device=device_for(device), max_error=target.max_error)
+    importance_mean, importance = sample_importance(plan, boxes)
     prepared: list[Prepared] = []
-    for number, (box, sample) in enumerate(zip(boxes, samples, strict=True)):
+    for number, (box, sample, weight) in enumerate(zip(boxes, samples, importance, strict=True)):
         # A chunk says its place, and those bytes count too.
         place = triple(start // size for start, size in zip(box.start, plan.grid.chunk, strict=True))
-        prepared += encoder.prepare([sample], [place])
+        prepared += encoder.prepare([sample], [place], [weight])
         listener(Event("measure", len(boxes) + number + 1, 2 * len(boxes)))
     share = plan.region.voxels / sum(box.voxels for box in boxes)
 
@@ -103,7 +107,8 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     if target.max_error is not None:
         sizes = {quality: bounded_bytes(quality) for quality in BOUNDED_QUALITIES}
         quality = min(sizes, key=sizes.__getitem__)
-        return Measured(offset, scale, peak, quality, sizes[quality] * share + overhead, psnr(quality))
+        bytes_out = sizes[quality] * share + overhead
+        return Measured(offset, scale, peak, quality, bytes_out, psnr(quality), importance_mean)
     if target.psnr is not None:
         quality = coarsest_reaching(psnr, target.psnr)
     else:
@@ -118,7 +123,19 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
                 f"a ratio of {target.ratio:g} is out of reach: the coarsest quality gives "
                 f"{plan.bytes_in / least:.1f}{hint}"
             )
-    return Measured(offset, scale, peak, quality, archive_bytes(quality), psnr(quality))
+    return Measured(offset, scale, peak, quality, archive_bytes(quality), psnr(quality), importance_mean)
+
+
+def sample_importance(plan: CompressPlan, boxes: Sequence[Box]) -> tuple[float, list[ChunkImportance | None]]:
+    """Mean weight over some chunks of a plan, and the importance of each; None where all weigh the same."""
+    if plan.importance is None:
+        return 1.0, [None] * len(boxes)
+    cells = [plan.importance.cells(plan.source_box(box)) for box in boxes]
+    mean = float(f"{np.concatenate([found.reshape(-1) for found in cells]).mean():.6g}")
+    if mean == 0.0:
+        raise SettingsError(f"--importance {plan.importance.weights.url} is zero wherever it was looked at")
+    chunk, cell = plan.grid.chunk, plan.importance.cell
+    return mean, [ChunkImportance.of(found, mean, chunk, cell) for found in cells]
 
 
 def data_range(samples: list[npt.NDArray[np.generic]], dtype: str, fill_value: float) -> float:

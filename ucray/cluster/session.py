@@ -21,6 +21,13 @@ from ucray.errors import JobError, UcrayError
 REAP_SECONDS = 30.0
 """How long the processes of a local Ray may take to go after they were ended."""
 
+WORKER_POOL = {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
+"""Environment of a Ray whose nodes ucray has to itself.
+
+Ray ends idle processes beyond one a core after a second, and actors count. Where encode actors have the
+cores, each read would start a process, whose imports take longer than its work.
+"""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -40,12 +47,15 @@ def ray_session() -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in WORKER_POOL.items():
+        os.environ.setdefault(name, value)
     # Ray's own notices and bars would bury the job's progress, which is what people look at.
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     on_termination = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        # Nobody is told where the dashboard of a Ray that lives for one job would be.
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise JobError(f"Ray cannot be reached or started: {' '.join(str(error).split())[:300]}") from None
     if threading.current_thread() is threading.main_thread():

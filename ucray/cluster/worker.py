@@ -12,8 +12,10 @@ import torch
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.decoder import device_for
 from ucray.codec.encoder import ChunkEncoder, Draft, Packed, pack
+from ucray.codec.importance import ChunkImportance
+from ucray.codec.importance import Weights as Importance
 from ucray.codec.weights import Weights
-from ucray.grid import Shape3
+from ucray.grid import Box, Shape3
 from ucray.storage.archive import ArchiveSettings
 from ucray.storage.objects import open_objects
 from ucray.storage.shard import ShardStatistics, assemble, commit, committed
@@ -53,26 +55,45 @@ class ShardEncoder:
         self._settings = job.settings
         device = device_for(job.device)
         self._packs = device == "cpu"
+        weights = Weights.from_bytes(job.weights)
+        self._cell = weights.config.latent_cell
         self._encoder = ChunkEncoder(
-            Weights.from_bytes(job.weights),
+            weights,
             job.settings.chunk_format,
             device=device,
             max_error=job.settings.max_error,
         )
 
-    def drafts(self, index: Shape3, voxels: npt.NDArray[np.generic]) -> list[Draft | None]:
-        """Drafts of all chunks of shard `index` in grid order, from its voxels inside the volume."""
+    def drafts(
+        self, index: Shape3, voxels: npt.NDArray[np.generic], weights: Importance | None = None
+    ) -> list[Draft | None]:
+        """Drafts of all chunks of shard `index` in grid order, from its voxels inside the volume.
+
+        `weights` are those of the shard's latent cells, where some weigh more than others.
+        """
         grid = self._settings.grid
         corner = grid.shard_box(index).start
         chunks, origins = [], []
+        importance: list[ChunkImportance | None] = []
         for _, origin, box in grid.chunk_boxes(index):
-            chunks.append(voxels[box.shifted((-corner[0], -corner[1], -corner[2])).slices])
+            inside = box.shifted((-corner[0], -corner[1], -corner[2]))
+            chunks.append(voxels[inside.slices])
             origins.append(origin)
-        return self._encoder.drafts(chunks, self._settings.quality, origins)
+            importance.append(None if weights is None else self._importance(weights, inside))
+        return self._encoder.drafts(chunks, self._settings.quality, origins, importance)
 
-    def chunks(self, index: Shape3, voxels: npt.NDArray[np.generic]) -> list[Draft | Packed | None]:
+    def _importance(self, weights: Importance, box: Box) -> ChunkImportance:
+        settings, cell = self._settings, self._cell
+        first = [start // n for start, n in zip(box.start, cell, strict=True)]
+        last = [-(-stop // n) for stop, n in zip(box.stop, cell, strict=True)]
+        own = weights[tuple(slice(a, b) for a, b in zip(first, last, strict=True))]
+        return ChunkImportance.of(own, settings.importance_mean, settings.grid.chunk, cell)
+
+    def chunks(
+        self, index: Shape3, voxels: npt.NDArray[np.generic], weights: Importance | None = None
+    ) -> list[Draft | Packed | None]:
         """What a writer gets of shard `index`: drafts, or coded chunks."""
-        drafts = self.drafts(index, voxels)
+        drafts = self.drafts(index, voxels, weights)
         return [self._encoder.pack(draft) for draft in drafts] if self._packs else [*drafts]
 
 

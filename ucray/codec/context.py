@@ -229,9 +229,15 @@ class Walk:
         self._values = np.zeros((self._geometry.padded, model.latents), dtype=np.float32)
         self._roots = np.zeros((self._geometry.padded, model.latents), dtype=np.float32)
 
-    def rows(self, part: Pass, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def rows(self, part: Pass, latents: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         """Of latents (z, y, x, latents) those of one pass: (cells, channels)."""
-        flat = latents.reshape(-1, latents.shape[-1])[:, part.first : part.last]
+        return self._coded_in(part, latents.reshape(-1, latents.shape[-1])[:, part.first : part.last])
+
+    def cells(self, part: Pass, values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """Of a value for each cell (z, y, x) those of one pass: (cells, 1)."""
+        return self._coded_in(part, values.reshape(-1, 1))
+
+    def _coded_in(self, part: Pass, flat: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         return flat if part.colour is None else flat[self._geometry.cells[part.colour]]
 
     def predict(self, part: Pass) -> tuple[Whole, Tables]:

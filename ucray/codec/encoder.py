@@ -21,6 +21,7 @@ from ucray.codec.codebook import quantise_codes
 from ucray.codec.context import FEATURE_UNITS, LARGEST_LATENT, Codes
 from ucray.codec.decoder import ChunkDecoder, batches, channels_last, ready
 from ucray.codec.fill import fill_mask, keep_off_fill, pack_mask
+from ucray.codec.importance import ChunkImportance
 from ucray.codec.inpaint import inpaint
 from ucray.codec.network import analysis_of, load_network
 from ucray.codec.residual import Residual, apply_residual, encode_residual, residual_of
@@ -66,12 +67,18 @@ class Latents:
 class Prepared:
     """A chunk before any quality is chosen.
 
-    `draft` is None where there is nothing but fill; `neural` says whether the networks are needed.
+    `draft` is None where there is nothing but fill; `neural` says whether the networks are needed. Without
+    `importance` all errors weigh the same.
     """
 
     voxels: Voxels
     draft: Draft | None
     neural: bool
+    importance: ChunkImportance | None = None
+
+    def quality(self, quality: int) -> int:
+        """The chunk's own quality where that of the volume is `quality`."""
+        return quality if self.importance is None else self.importance.quality(quality)
 
 
 @dataclass(frozen=True)
@@ -107,16 +114,16 @@ class ChunkEncoder:
         load_network(weights, "analysis", self._analysis)
         self._analysis = ready(self._analysis, self._device)
 
-    def latents(self, chunks: Sequence[Voxels], quality: int) -> list[Latents]:
-        """Run the analysis on chunks (z, y, x), cut off by the volume's end or not."""
+    def latents(self, chunks: Sequence[Voxels], qualities: Sequence[int]) -> list[Latents]:
+        """Run the analysis on chunks (z, y, x), cut off by the volume's end or not, each at its quality."""
         return [
             latents
-            for batch in batches(chunks, self._device)
-            for latents in self._latents_of(*batch, quality=quality)
+            for batch in batches(list(zip(chunks, qualities, strict=True)), self._device)
+            for latents in self._latents_of(*batch)
         ]
 
-    def _latents_of(self, full: Sequence[Voxels], wanted: int, *, quality: int) -> list[Latents]:
-        padded = np.stack([self._padded(voxels) for voxels in full])[:, None]
+    def _latents_of(self, full: Sequence[tuple[Voxels, int]], wanted: int) -> list[Latents]:
+        padded = np.stack([self._padded(voxels) for voxels, _ in full])[:, None]
         mask = torch.from_numpy(fill_mask(padded, self.format.fill_value))
         # What overflows here comes out of the networks as no number, and `drafts` codes it raw.
         with np.errstate(over="ignore"):
@@ -124,36 +131,44 @@ class ChunkEncoder:
             values /= np.float32(self.format.scale)
         with torch.inference_mode():
             x = inpaint(torch.from_numpy(values).to(self._device), mask.to(self._device))
-            qualities = torch.full((len(x),), float(quality), device=self._device)
+            qualities = torch.tensor([float(quality) for _, quality in full], device=self._device)
             y, z = self._analysis(channels_last(x), qualities)
             codes = quantise_codes(self._codebook, z).to(torch.uint8).cpu().numpy()
         values = y.permute(0, 2, 3, 4, 1).cpu().numpy() / self.stream.context.unit
         return [Latents(*found) for found in list(zip(codes, values, strict=True))[:wanted]]
 
     def drafts(
-        self, chunks: Sequence[Voxels], quality: int, origins: Sequence[Shape3 | None] | None = None
+        self,
+        chunks: Sequence[Voxels],
+        quality: int,
+        origins: Sequence[Shape3 | None] | None = None,
+        importance: Sequence[ChunkImportance | None] | None = None,
     ) -> list[Draft | None]:
         """First half of encoding chunks (z, y, x); None for one that is nothing but fill."""
-        return self.drafts_at(self.prepare(chunks, origins), quality)
+        return self.drafts_at(self.prepare(chunks, origins, importance), quality)
 
     def prepare(
-        self, chunks: Sequence[Voxels], origins: Sequence[Shape3 | None] | None = None
+        self,
+        chunks: Sequence[Voxels],
+        origins: Sequence[Shape3 | None] | None = None,
+        importance: Sequence[ChunkImportance | None] | None = None,
     ) -> list[Prepared]:
         """Find out of chunks (z, y, x) what no quality changes."""
         places = origins if origins is not None else [None] * len(chunks)
+        weights = importance if importance is not None else [None] * len(chunks)
         drafts = [self._exact_draft(voxels, place) for voxels, place in zip(chunks, places, strict=True)]
         return [
-            Prepared(voxels, draft, draft is not None and self._fits(draft, voxels))
-            for voxels, draft in zip(chunks, drafts, strict=True)
+            Prepared(voxels, draft, draft is not None and self._fits(draft, voxels), weight)
+            for voxels, draft, weight in zip(chunks, drafts, weights, strict=True)
         ]
 
     def drafts_at(self, prepared: Sequence[Prepared], quality: int) -> list[Draft | None]:
-        """Drafts of prepared chunks at a quality, with their errors."""
+        """Drafts of prepared chunks at a quality of the volume, with their errors."""
         found = [one.draft for one in prepared]
         neural = [i for i, one in enumerate(prepared) if one.neural]
-        latents = self.latents([prepared[i].voxels for i in neural], quality)
+        latents = self._latents_at([prepared[i] for i in neural], quality)
         finite = {i: bool(np.isfinite(one.values).all()) for i, one in zip(neural, latents, strict=True)}
-        coded = [self._quantised(one, quality) for one in latents]
+        coded = [self._quantised(prepared[i], one, quality) for i, one in zip(neural, latents, strict=True)]
         if self._reference is not None:
             for i, (symbols, quantised) in zip(neural, coded, strict=True):
                 found[i] = self._bounded_draft(prepared[i], finite[i], symbols, quantised)
@@ -165,12 +180,12 @@ class ChunkEncoder:
 
     def size_at(self, prepared: Sequence[Prepared], quality: int) -> int:
         """Bytes that prepared chunks take at a quality, without decoding them."""
-        latents = iter(self.latents([one.voxels for one in prepared if one.neural], quality))
+        latents = iter(self._latents_at([one for one in prepared if one.neural], quality))
         size = 0
         for one in prepared:
             draft = one.draft
             if draft is not None and one.neural:
-                draft = replace(draft, symbols=self._quantised(next(latents), quality)[0])
+                draft = replace(draft, symbols=self._quantised(one, next(latents), quality)[0])
             size += len(self.pack(draft).data)
         return size
 
@@ -240,14 +255,24 @@ class ChunkEncoder:
             return replace(draft, mask=b"")
         return replace(draft, symbols=symbols, residual=residual, error=error)
 
-    def _quantised(self, latents: Latents, quality: int) -> tuple[Symbols, CodedLatents]:
+    def _latents_at(self, prepared: Sequence[Prepared], quality: int) -> list[Latents]:
+        return self.latents([one.voxels for one in prepared], [one.quality(quality) for one in prepared])
+
+    def _quantised(self, prepared: Prepared, latents: Latents, quality: int) -> tuple[Symbols, CodedLatents]:
         # Values that are no numbers never leave: their draft is raw.
         values = np.nan_to_num(latents.values, posinf=LARGEST_LATENT, neginf=-LARGEST_LATENT)
-        return self.stream.quantise(latents.codes, values, quality)
+        weights = None if prepared.importance is None else prepared.importance.cells
+        return self.stream.quantise(latents.codes, values, prepared.quality(quality), weights)
 
-    def encode(self, voxels: Voxels, quality: int, origin: Shape3 | None = None) -> Packed:
+    def encode(
+        self,
+        voxels: Voxels,
+        quality: int,
+        origin: Shape3 | None = None,
+        importance: ChunkImportance | None = None,
+    ) -> Packed:
         """Both halves of encoding one chunk."""
-        (draft,) = self.drafts([voxels], quality, [origin])
+        (draft,) = self.drafts([voxels], quality, [origin], [importance])
         return pack(draft, self.stream, self._digest)
 
     def _padded(self, voxels: Voxels) -> Voxels:

@@ -36,15 +36,10 @@ from ucray.codec.context import (
     coding_passes,
     context_inputs,
 )
-from ucray.codec.rate import LARGEST_THRESHOLD, SLOPE
+from ucray.codec.rate import COARSEST_LAMBDA, FINEST_LAMBDA, LARGEST_THRESHOLD, SLOPE
 from ucray.config import QUALITIES, CodecConfig
 
 Quality = TypeVar("Quality", float, Tensor)
-
-COARSEST_LAMBDA = 24.0
-FINEST_LAMBDA = 0.003
-"""Weights of a bit per voxel against squared error (in variances of the volume) at both ends."""
-
 
 STEP_UNITS = 64
 """Units of a whole latent in the finest quantisation step."""

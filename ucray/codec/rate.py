@@ -12,6 +12,10 @@ SLOPE = 0.1155
 It is the encoder's choice alone; a decoder does not know it.
 """
 
+COARSEST_LAMBDA = 24.0
+FINEST_LAMBDA = 0.003
+"""Weights of a bit per voxel against squared error, in variances of the volume, at both ends of quality."""
+
 CHUNK_OVERHEAD = 16 + 11
 """Bytes an archive spends on a chunk beside its payload: its entry in the shard's index, and statistics."""
 

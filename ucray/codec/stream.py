@@ -57,9 +57,16 @@ class StreamModel:
     frequencies: FrequencyTables
 
     def quantise(
-        self, codes: Codes, latents: npt.NDArray[np.float32], quality: int
+        self,
+        codes: Codes,
+        latents: npt.NDArray[np.float32],
+        quality: int,
+        weights: npt.NDArray[np.floating] | None = None,
     ) -> tuple[Symbols, CodedLatents]:
-        """Round latents (z, y, x, latents), in units of the context model, to symbols."""
+        """Round latents (z, y, x, latents), in units of the context model, to symbols.
+
+        `weights` (z, y, x), where given, are those of the squared errors of cells.
+        """
         walk = Walk(self.context, codes, quality)
         step = self.context.step[quality]
         tables, values, gains = [], [], []
@@ -67,11 +74,12 @@ class StreamModel:
             mean, table = walk.predict(part)
             uncoded = walk.rows(part, latents) / step[part.first : part.last]
             scaled = uncoded - mean / step[part.first : part.last]
-            symbols = self._rounded(scaled, table)
+            weight = np.ones((1, 1)) if weights is None else walk.cells(part, weights)
+            symbols = self._rounded(scaled, table, SLOPE / weight)
             walk.put(part, mean, symbols)
             tables.append(table.reshape(-1))
             values.append(symbols.reshape(-1))
-            gains.append(float(np.square(uncoded).sum() - np.square(scaled - symbols).sum()))
+            gains.append(float((weight * (np.square(uncoded) - np.square(scaled - symbols))).sum()))
         # The last passes are left out where all that they say is not worth its bits and its time.
         while tables:
             bits = self.frequencies.bits_of(tables[-1], values[-1]) + PASS_BITS
@@ -122,12 +130,14 @@ class StreamModel:
                 return count
         return 0
 
-    def _rounded(self, scaled: npt.NDArray[np.float64], tables: Tables) -> npt.NDArray[np.int16]:
-        """Of two neighbouring symbols the one with the lower squared error + SLOPE * bits."""
+    def _rounded(
+        self, scaled: npt.NDArray[np.float64], tables: Tables, slope: npt.NDArray[np.floating]
+    ) -> npt.NDArray[np.int16]:
+        """Of two neighbouring symbols the one with the lower squared error + slope * bits."""
         size = np.minimum(np.abs(scaled), LARGEST_SYMBOL)
         lower = np.floor(size)
         extra = self.frequencies.extra_bits[tables]
-        threshold = 0.5 + SLOPE / 2 * np.where(lower > 0, extra[..., 1], extra[..., 0])
+        threshold = 0.5 + slope / 2 * np.where(lower > 0, extra[..., 1], extra[..., 0])
         rounded = lower + (size - lower > np.clip(threshold, 0.5, LARGEST_THRESHOLD))
         rounded = np.minimum(rounded, LARGEST_SYMBOL) * (tables != SILENT)
         return np.asarray(np.copysign(rounded, scaled).astype(np.int16))

@@ -71,6 +71,8 @@ class ArchiveSettings(Settings):
     scale: float
     data_range: Annotated[float, Field(gt=0.0)]
     weights_digest: str
+    importance: str = ""
+    importance_mean: Annotated[float, Field(gt=0.0)] = 1.0
     levels: tuple[Shape3, ...] = ()
 
     @property

@@ -29,6 +29,9 @@ from ucray.storage.space import SPATIAL, Space
 
 Voxels = npt.NDArray[np.generic]
 
+LABEL_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
+"""Types of labels."""
+
 FORMATS = "zarr, OME-Zarr, N5, neuroglancer precomputed, HDF5 and TIFF"
 
 

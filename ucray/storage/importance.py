@@ -1,0 +1,86 @@
+"""Importance as an array beside a volume: how much the squared error of each voxel weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ucray.codec.importance import Weights, cell_means
+from ucray.errors import SettingsError, SourceError
+from ucray.grid import Box, Shape3, format_shape, triple
+from ucray.storage.volume import LABEL_DTYPES, Volume, open_volume
+
+DTYPES = (*LABEL_DTYPES, "float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class ImportanceMap:
+    """Weights of a volume's voxels, from 0 on; only how they stand to each other matters.
+
+    Parameters
+    ----------
+    weights
+        The array: of the volume's shape, or coarser by whole factors.
+    factor
+        Voxels of the volume (z, y, x) that a weight stands for.
+    cell
+        Voxels of a cell; weights are read as means over these.
+    """
+
+    weights: Volume
+    factor: Shape3
+    cell: Shape3
+
+    @classmethod
+    def open(cls, url: str, shape: Shape3, cell: Shape3, endpoint_url: str | None) -> ImportanceMap:
+        """The map at `url` of a volume of `shape`.
+
+        Raises
+        ------
+        SettingsError
+            If its shape is neither the volume's nor that of a coarser level of it.
+        SourceError, DtypeError, StorageError, CredentialsError
+            As `open_volume` does.
+        """
+        weights = open_volume(url, None, endpoint_url, dtypes=DTYPES)
+        found = [_factor(n, m) for n, m in zip(shape, weights.shape, strict=True)]
+        factors = [factor for factor in found if factor is not None]
+        if len(factors) < 3:
+            raise SettingsError(
+                f"--importance {url} has shape {format_shape(weights.shape)}, the volume "
+                f"{format_shape(shape)}: it must be as large, or coarser by whole factors"
+            )
+        return cls(weights, triple(iter(factors)), cell)
+
+    def cells(self, box: Box) -> Weights:
+        """Mean weights (z, y, x) of the cells of a box of the volume, counted from its corner.
+
+        Raises
+        ------
+        SourceError
+            If weights cannot be read, are negative, or no numbers.
+        """
+        # Which weights the voxels of the box take, an axis at a time; the last serves beyond the map's end.
+        places = [
+            np.minimum(np.arange(start, stop) // factor, length - 1)
+            for start, stop, factor, length in zip(
+                box.start, box.stop, self.factor, self.weights.shape, strict=True
+            )
+        ]
+        corner = triple(int(axis[0]) for axis in places)
+        found = self.weights.read(Box(corner, triple(int(axis[-1]) + 1 for axis in places)))
+        for number, axis in enumerate(places):
+            found = found.take(axis - corner[number], axis=number)
+        try:
+            return cell_means(found, self.cell)
+        except SettingsError as error:
+            raise SourceError(f"{self.weights.url}: {error} ({box})") from None
+
+
+def _factor(voxels: int, weights: int) -> int | None:
+    """Voxels of an axis that each of its weights stands for; None if that is no whole number."""
+    for factor in (-(-voxels // weights), voxels // weights):
+        if factor and weights in (-(-voxels // factor), voxels // factor):
+            return factor
+    return None
