@@ -14,7 +14,8 @@ import zarr
 from scipy import ndimage
 from typer.testing import CliRunner
 
-from ucray.bench.task import ORIGINAL, Labelled, labelled, run_task, task_to_markdown
+from ucray.bench.task import ORIGINAL, Labelled, labelled, run_task
+from ucray.bench.task_report import task_to_markdown
 from ucray.bench.tissue import Tracer, f1, information, merged, rand_error
 from ucray.cli import app
 from ucray.codec.shipped import shipped_weights

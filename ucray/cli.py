@@ -383,7 +383,7 @@ def bench(
 ) -> None:
     """Code a volume with ucray and its peers: tables, plots and BD-rates in a folder."""
     from ucray.bench.report import to_markdown
-    from ucray.bench.task import TASK_FILE
+    from ucray.bench.task_report import TASK_FILE
     from ucray.cluster.benchmark import (
         LEVELS_FILE,
         STAGES_FILE,
@@ -444,7 +444,8 @@ def bench(
                 listener=listener,
             )
         if as_json:
-            show(dataclasses.asdict(traced), as_json=as_json)
+            scores = [dataclasses.asdict(score) for score in traced.scores]
+            show({"scores": scores, "missing": traced.missing}, as_json=as_json)
         else:
             Console().print((Path(output) / TASK_FILE).read_text(), markup=False)
         return

@@ -5,19 +5,16 @@ The half of the volume that a tracer learns from is never coded; every codec cod
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ucray.bench.ours import VolumeCodec
+from ucray.bench.outlines import Panel
 from ucray.bench.peers import PEERS, Peer
-from ucray.bench.report import report_folder
 from ucray.bench.run import OURS
 from ucray.bench.samples import Samples, blocks
 from ucray.bench.tissue import Labels, Tracer, Volume, f1, information, rand_error
@@ -29,7 +26,6 @@ from ucray.quality import ErrorSum
 TASKS = {"membrane": ("f1",), "segmentation": ("f1", "vi_split", "vi_merge", "rand_error")}
 """Figures of each task."""
 
-TASK_FILE = "task.md"
 ORIGINAL = "original"
 CODECS = ("ucray", "x265", "av1", "jpegxl", "avif", "jpeg")
 """Who takes part unless told otherwise."""
@@ -86,10 +82,11 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Traced:
-    """What was measured, and why some codecs were not."""
+    """What was measured, why some codecs were not, and one crop as each of them leaves it."""
 
     scores: tuple[Score, ...]
     missing: dict[str, str]
+    panels: tuple[Panel, ...] = ()
 
 
 def labelled(
@@ -157,8 +154,10 @@ def run_task(
         learnt.voxels, learnt.membrane, learnt.known, segments, flat=given.flat, seed=SEED
     )
     watch(ORIGINAL)
-    before = _figures(task, tracer, tested, tested.voxels)
+    found = Found.of(task, tracer, tested.voxels)
+    before = _figures(found, tested)
     scores = list(_scores(ORIGINAL, math.nan, 1.0, math.inf, before, before))
+    panels = [Panel.of(ORIGINAL, math.nan, 1.0, tested.voxels, found.shown)]
     missing: dict[str, str] = {}
     for name in chosen:
         watch(name)
@@ -166,13 +165,14 @@ def run_task(
             missing[name] = reason
             continue
         for wanted, ratio, decoded in _decoded(name, tested.voxels, weights, chunk, ratios):
-            found = _figures(task, tracer, tested, decoded)
+            found = Found.of(task, tracer, decoded)
             psnr = ErrorSum.between(tested.voxels, decoded).psnr(data_range)
-            scores += _scores(name, wanted, ratio, psnr, found, before)
+            scores += _scores(name, wanted, ratio, psnr, _figures(found, tested), before)
+            panels.append(Panel.of(name, wanted, ratio, decoded, found.shown))
         reached = {score.wanted for score in scores if score.codec == name}
         if unreached := [f"{ratio:g}" for ratio in ratios if ratio not in reached]:
             missing[f"{name} at {', '.join(unreached)}"] = "no setting reaches so far"
-    return Traced(tuple(scores), missing)
+    return Traced(tuple(scores), missing, tuple(panels))
 
 
 def _missing(name: str, weights: Weights | None) -> str | None:
@@ -215,19 +215,37 @@ def _peer(
             yield wanted, max(within), samples.back(decoded)
 
 
-def _figures(task: str, tracer: Tracer, tested: Labelled, voxels: Volume) -> npt.NDArray[np.float64]:
-    """Figures (blocks, figures) of a task in voxels that stand for those of `tested`."""
-    probability = tracer.membranes(voxels)
-    segments = tracer.segments(probability) if task == "segmentation" else None
-    shape = triple(iter(voxels.shape))
+@dataclass(frozen=True)
+class Found:
+    """Membranes that a tracer found in a volume, and segments, if these were asked for."""
+
+    membrane: npt.NDArray[np.bool_]
+    segments: Labels | None
+
+    @classmethod
+    def of(cls, task: str, tracer: Tracer, voxels: Volume) -> Found:
+        """What is there for a task in voxels (z, y, x)."""
+        probability = tracer.membranes(voxels)
+        segments = tracer.segments(probability) if task == "segmentation" else None
+        return cls(probability > tracer.threshold, segments)
+
+    @property
+    def shown(self) -> npt.NDArray[np.generic]:
+        """What has the outlines that are looked at."""
+        return self.membrane if self.segments is None else self.segments
+
+
+def _figures(found: Found, tested: Labelled) -> npt.NDArray[np.float64]:
+    """Figures (blocks, figures) of what was found in voxels that stand for those of `tested`."""
+    segments = found.segments
+    shape = triple(iter(tested.voxels.shape))
     size = triple(max(1, -(-n // b)) for n, b in zip(shape, BLOCKS, strict=True))
     rows = []
     for box in blocks(shape, size):
         known = tested.known[box.slices]
         if not known.any():
             continue
-        found = probability[box.slices] > tracer.threshold
-        row = [f1(found[known], tested.membrane[box.slices][known])]
+        row = [f1(found.membrane[box.slices][known], tested.membrane[box.slices][known])]
         if segments is not None and tested.segments is not None:
             here, wanted = segments[box.slices], tested.segments[box.slices]
             row += [*information(here, wanted), rand_error(here, wanted)]
@@ -254,73 +272,3 @@ def _scores(
             codec, wanted, ratio, psnr, name, float(found[:, number].mean()), float(lost.mean()), float(low),
             float(high),
         )  # fmt: skip
-
-
-def write_task(found: Traced, folder: str, title: str) -> Path:
-    """Write task.csv, task.md and task.png into a folder; the path of the table."""
-    place = report_folder(folder)
-    with (place / "task.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Score)])
-        writer.writerows(dataclasses.astuple(score) for score in found.scores)
-    table = place / TASK_FILE
-    table.write_text(task_to_markdown(found, title))
-    _plot(found.scores, place / "task.png", title)
-    return table
-
-
-def task_to_markdown(found: Traced, title: str) -> str:
-    """A table with a row for each codec and ratio asked for, a column for each figure; what is missing."""
-    names = list(dict.fromkeys(score.figure for score in found.scores))
-    lines = [
-        f"# {title}",
-        "",
-        "Means over blocks of the half that was not learnt from; in brackets what changes against the "
-        "original, with its 95 % interval over blocks.",
-        "",
-        "| codec | ratio | PSNR | " + " | ".join(names) + " |",
-        "|---|---|---|" + "---|" * len(names),
-    ]
-    for at in range(0, len(found.scores), len(names)):
-        row = found.scores[at : at + len(names)]
-        codec, ratio, psnr = row[0].codec, row[0].ratio, row[0].psnr
-        cells = [
-            f"{s.value:.4f}"
-            + ("" if codec == ORIGINAL else f" ({s.loss:+.4f}; {s.low:+.4f} to {s.high:+.4f})")
-            for s in row
-        ]
-        shown = "" if codec == ORIGINAL else f"{psnr:.2f}"
-        lines.append(f"| {codec} | {ratio:.1f} | {shown} | " + " | ".join(cells) + " |")
-    lines += ["", *(f"Missing: {codec}: {reason}." for codec, reason in found.missing.items())]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _plot(scores: Sequence[Score], file: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys(score.figure for score in scores))
-    figure, axes = pyplot.subplots(
-        1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False
-    )
-    for axis, name in zip(axes[0], names, strict=True):
-        mine = [score for score in scores if score.figure == name]
-        for codec in dict.fromkeys(score.codec for score in mine):
-            curve = sorted((s for s in mine if s.codec == codec), key=lambda s: s.ratio)
-            if codec == ORIGINAL:
-                axis.axhline(curve[0].value, color="black", linestyle=":", label=codec)
-                continue
-            axis.plot(
-                [s.ratio for s in curve], [s.value for s in curve], marker="o", markersize=4, label=codec
-            )
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_xlabel("ratio")
-        axis.set_title(name)
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)

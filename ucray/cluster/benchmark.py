@@ -13,7 +13,8 @@ from ucray.bench.levels import LevelPoint, levels_to_markdown, measure_levels
 from ucray.bench.report import report_folder, write_report
 from ucray.bench.run import RATIOS, Bench, run_bench
 from ucray.bench.stages import Stage, measure_stages, stages_to_markdown
-from ucray.bench.task import Traced, labelled, run_task, write_task
+from ucray.bench.task import Traced, labelled, run_task
+from ucray.bench.task_report import write_task
 from ucray.bench.tissue import FLAT
 from ucray.cluster.jobs import Connection
 from ucray.cluster.plan import config_for
