@@ -46,6 +46,7 @@ from ucray.log import LogFormat, LogLevel, configure
 if TYPE_CHECKING:
     # Whoever asks for --help does not wait for what a job needs.
     from ucray.cluster.plan import CompressOptions
+    from ucray.codec.weights import Weights
 
 app = typer.Typer(
     add_completion=False,
@@ -292,6 +293,19 @@ def plan(
     memory: Memory = None,
     workers: Workers = 1,
     device: Device = "auto",
+    max_seg_loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Take the largest ratio at which tracing --labels loses at most so many per cent; "
+            "--roi is then the region that is traced, and the plan that of the whole volume.",
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Volume of neurons by number, or of classes (--membrane).")
+    ] = None,
+    membrane: Annotated[str, typer.Option(help="Classes of --labels that are membrane, with commas.")] = "",
+    curve: Annotated[str, typer.Option(help="PNG of what is lost at which ratio.")] = "ucray-seg-loss.png",
     months: Annotated[float, typer.Option(min=0.0, help="Over how long the volume is kept.")] = 12.0,
     gb_month: Annotated[float | None, typer.Option(help="Price of a GB for a month.")] = None,
     thousand_puts: Annotated[float | None, typer.Option(help="Price of a thousand PUTs.")] = None,
@@ -307,6 +321,26 @@ def plan(
     from ucray.cluster import jobs
     from ucray.cluster.cost import Prices
 
+    if (max_seg_loss is None) != (labels is None):
+        raise typer.BadParameter("--max-seg-loss and --labels go together")
+    connection = jobs.Connection(endpoint_url, array, select)
+    choice = None
+    if max_seg_loss is not None and labels is not None:
+        if (ratio, psnr, max_error, lossless) != (None, None, None, False):
+            raise typer.BadParameter("--max-seg-loss chooses the ratio; give no other target")
+        choice = _chosen(
+            source,
+            labels,
+            None if weights is None else jobs.load_weights(weights, endpoint_url),
+            max_seg_loss,
+            curve,
+            membrane,
+            roi=roi,
+            chunk=None if chunk is None else parse_shape(chunk),
+            connection=connection,
+            as_json=as_json,
+        )
+        ratio, roi = choice["ratio"], None
     options = jobs.options_from(
         ratio=ratio,
         psnr=psnr,
@@ -329,18 +363,49 @@ def plan(
         run_options=jobs.run_options_from(encode_workers=workers, device=device),
         prices=jobs.checked(Prices, prices),
         months=months,
-        connection=jobs.Connection(endpoint_url, array, select),
+        connection=connection,
+        choice=choice,
         as_json=as_json,
     )
 
 
-def _project(source: str, destination: str, options: CompressOptions, *, as_json: bool, **how: Any) -> None:
+def _chosen(
+    source: str,
+    labels: str,
+    weights: Weights | None,
+    percent: float,
+    curve: str,
+    membrane: str,
+    *,
+    as_json: bool,
+    **how: Any,
+) -> dict[str, Any]:
+    """The ratio that keeps a segmentation, and why, as plain values."""
+    from ucray.cluster.benchmark import choose_ratio, parse_classes
+
+    classes = parse_classes(membrane)
+    with progress(quiet=as_json) as listener:
+        choice = choose_ratio(
+            source, labels, weights, percent, curve, membrane=classes, listener=listener, **how
+        )
+    return dataclasses.asdict(choice) | {"curve": curve}
+
+
+def _project(
+    source: str,
+    destination: str,
+    options: CompressOptions,
+    *,
+    as_json: bool,
+    choice: dict[str, Any] | None = None,
+    **how: Any,
+) -> None:
     """Print what compressing would give, take and cost."""
     from ucray.cluster.projection import project
 
     with progress(quiet=as_json) as listener:
         projected = project(source, destination, options, listener=listener, **how)
-    show_plan(projected.describe(), as_json=as_json)
+    show_plan(projected.describe() | ({} if choice is None else {"choice": choice}), as_json=as_json)
 
 
 @app.command()

@@ -125,6 +125,9 @@ def show_plan(document: dict[str, Any], *, as_json: bool) -> None:
         show(document, as_json=True)
         return
     ways, evens = document.pop("ways", {}), document.pop("break_even_months", {})
+    choice = document.pop("choice", None)
+    if choice is not None:
+        _show_choice(choice)
     show({name: value for name, value in document.items() if value is not None}, as_json=False)
     if not ways:
         return
@@ -137,6 +140,23 @@ def show_plan(document: dict[str, Any], *, as_json: bool) -> None:
             name, *(f"{figure:.4g}" for figure in figures), _from(evens[name]) if name in evens else ""
         )
     Console().print(table)
+
+
+def _show_choice(choice: dict[str, Any]) -> None:
+    """How a ratio was chosen: what codecs lose at those that were tried, and who else would do."""
+    table = Table(box=None)
+    codecs = list(dict.fromkeys(loss["codec"] for loss in choice["losses"]))
+    for title in ("ratio", *(f"{codec} loses %" for codec in codecs)):
+        table.add_column(title, justify="right")
+    lost = {(loss["codec"], loss["wanted"]): loss["percent"] for loss in choice["losses"]}
+    for wanted in sorted({loss["wanted"] for loss in choice["losses"]}):
+        cells = (f"{lost[codec, wanted]:.1f}" if (codec, wanted) in lost else "" for codec in codecs)
+        table.add_row(f"{wanted:g}", *cells)
+    console = Console()
+    console.print(table)
+    console.print(f"chosen: ratio {choice['ratio']:g} (curve: {choice['curve']})", markup=False)
+    for codec, ratio in choice["simpler"].items():
+        console.print(f"{codec} is simpler and keeps as much up to a ratio of {ratio:g}", markup=False)
 
 
 def _from(months: float | None) -> str:

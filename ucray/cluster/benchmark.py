@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ucray.bench.choice import OURS, Choice, choose, draw_choice
 from ucray.bench.levels import LevelPoint, levels_to_markdown, measure_levels
 from ucray.bench.report import report_folder, write_report
 from ucray.bench.run import RATIOS, Bench, run_bench
@@ -23,14 +25,20 @@ from ucray.cluster.telemetry import Event, Listener, ignore
 from ucray.codec.shipped import shipped_for, shipped_weights
 from ucray.codec.weights import Weights
 from ucray.config import default_chunk
-from ucray.errors import SettingsError
-from ucray.grid import Box, Shape3, parse_box
+from ucray.errors import DestinationError, SettingsError
+from ucray.grid import Box, Shape3, format_shape, parse_box
 from ucray.storage.volume import LABEL_DTYPES, Volume, open_volume
 from ucray.zarr_level import level_factors
 
 STAGES_FILE = "stages.md"
 LEVELS_FILE = "levels.md"
 STAGES_QUALITY = 128
+
+SWEPT = (8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 500.0)
+"""Ratios that a choice is made from."""
+
+SIMPLER = ("jpegxl", "jpeg")
+"""Who might do as well, section by section and without weights."""
 
 LARGEST = 1 << 31
 """Voxels that a benchmark holds in memory at once."""
@@ -196,9 +204,88 @@ def trace(
     SettingsError
         If labels do not fit the volume or the task, or a name is unknown.
     """
+    found, title = _traced(
+        source,
+        labels,
+        weights,
+        task,
+        membrane=membrane,
+        codecs=codecs,
+        ratios=ratios,
+        roi=roi,
+        chunk=chunk,
+        connection=connection,
+        listener=listener,
+    )
+    write_task(found, folder, title)
+    return found
+
+
+def choose_ratio(
+    source: str,
+    labels: str,
+    weights: Weights | None,
+    percent: float,
+    curve: str,
+    *,
+    membrane: Sequence[int] = (),
+    roi: str | None = None,
+    chunk: Shape3 | None = None,
+    connection: Connection = Connection(),
+    listener: Listener = ignore,
+) -> Choice:
+    """The largest ratio at which tracing a region loses at most `percent`; leaves the curve as a PNG.
+
+    Raises
+    ------
+    SettingsError
+        If there is none among SWEPT, there are no weights, or as `trace` does.
+    DestinationError
+        If the picture cannot be written.
+    """
+    file = Path(curve)
+    if not file.parent.is_dir():
+        raise DestinationError(f"--curve {curve}: there is no folder {file.parent}")
+    found, title = _traced(
+        source,
+        labels,
+        weights,
+        "membrane" if membrane else "segmentation",
+        membrane=membrane,
+        codecs=(OURS, *SIMPLER),
+        ratios=SWEPT,
+        roi=roi,
+        chunk=chunk,
+        connection=connection,
+        listener=listener,
+    )
+    if OURS in found.missing:
+        raise SettingsError("--max-seg-loss takes weights to code the region with; give --weights")
+    choice = choose(found, percent)
+    draw_choice(choice, percent, file, title)
+    return choice
+
+
+def _traced(
+    source: str,
+    labels: str,
+    weights: Weights | None,
+    task: str,
+    *,
+    membrane: Sequence[int],
+    codecs: Sequence[str],
+    ratios: Sequence[float],
+    roi: str | None,
+    chunk: Shape3 | None,
+    connection: Connection,
+    listener: Listener,
+) -> tuple[Traced, str]:
+    """What was traced, and a title for it."""
     volume = connection.open(source)
     region, voxels = read_region(volume, roi)
-    _, known = read_region(open_volume(labels, None, connection.endpoint_url, dtypes=LABEL_DTYPES), roi)
+    known = _read_labels(
+        open_volume(labels, None, connection.endpoint_url, dtypes=LABEL_DTYPES), volume, region
+    )
     if weights is None and (name := shipped_for(config_for(volume))) is not None:
         weights = shipped_weights(name)
     config = config_for(volume) if weights is None else weights.config
@@ -213,8 +300,18 @@ def trace(
         data_range=data_range([voxels], volume.dtype, volume.fill_value),
         watch=lambda codec: listener(Event("trace", 0, 1, codec)),
     )
-    write_task(found, folder, f"{source.rstrip('/').rpartition('/')[2]} {region}: {task}")
-    return found
+    return found, f"{source.rstrip('/').rpartition('/')[2]} {region}: {task}"
+
+
+def _read_labels(labels: Volume, volume: Volume, region: Box) -> npt.NDArray[np.generic]:
+    """Labels of a region, from an array as large as the volume, or as the region alone."""
+    if labels.shape == region.shape != volume.shape:
+        return labels.read(Box((0, 0, 0), labels.shape))
+    if labels.shape != volume.shape:
+        raise SettingsError(
+            f"--labels has shape {format_shape(labels.shape)}, the volume {format_shape(volume.shape)}"
+        )
+    return labels.read(region)
 
 
 def read_region(volume: Volume, roi: str | None) -> tuple[Box, npt.NDArray[np.generic]]:

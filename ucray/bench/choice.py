@@ -1,0 +1,117 @@
+"""The largest ratio at which neurons can still be traced, out of what a traced benchmark measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ucray.bench.task import ORIGINAL, Score, Traced
+from ucray.errors import SettingsError
+
+OURS = "ucray"
+
+NOTHING = 1e-3
+"""An original's figure is not taken for smaller when changes are set against it."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one codec loses at one ratio asked for, in per cent of the original's figure; below 0 it gains.
+
+    It is the largest of the rise of the variation of information, the rise of the adapted Rand error and,
+    where there are no neurons to trace, the fall of the membranes' F1.
+    """
+
+    codec: str
+    wanted: float
+    ratio: float
+    percent: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The ratio that was chosen, the curve it was chosen from, and who is as good and simpler.
+
+    `simpler` are other codecs that keep the loss up to a ratio as large, with that ratio.
+    """
+
+    ratio: float
+    losses: tuple[Loss, ...]
+    simpler: dict[str, float]
+    missing: dict[str, str]
+
+
+def losses(scores: Sequence[Score]) -> list[Loss]:
+    """What each codec loses at each ratio."""
+    before = {score.figure: score.value for score in scores if score.codec == ORIGINAL}
+    found: dict[tuple[str, float, float], dict[str, float]] = {}
+    for score in scores:
+        if score.codec != ORIGINAL:
+            found.setdefault((score.codec, score.wanted, score.ratio), {})[score.figure] = score.loss
+    return [Loss(*key, 100.0 * _largest(lost, before)) for key, lost in found.items()]
+
+
+def choose(traced: Traced, percent: float) -> Choice:
+    """The largest ratio up to which ucray loses at most `percent` at every ratio that was tried.
+
+    Raises
+    ------
+    SettingsError
+        If it loses more at the smallest already.
+    """
+    found = losses(traced.scores)
+    reached = {codec: _reached(found, codec, percent) for codec in dict.fromkeys(one.codec for one in found)}
+    ours = reached.get(OURS, 0.0)
+    if ours == 0.0:
+        first = min((one for one in found if one.codec == OURS), key=lambda one: one.wanted)
+        raise SettingsError(
+            f"--max-seg-loss {percent:g}: at a ratio of {first.wanted:g} ucray loses {first.percent:.1f} %"
+        )
+    simpler = {codec: ratio for codec, ratio in reached.items() if codec != OURS and ratio >= ours}
+    return Choice(ours, tuple(found), simpler, traced.missing)
+
+
+def draw_choice(choice: Choice, percent: float, file: Path, title: str) -> None:
+    """The curve: what is lost against the ratio, the limit, and what was chosen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    for codec in dict.fromkeys(one.codec for one in choice.losses):
+        curve = sorted((one for one in choice.losses if one.codec == codec), key=lambda one: one.ratio)
+        axis.plot([one.ratio for one in curve], [one.percent for one in curve], marker="o", label=codec)
+    axis.axhline(percent, color="black", linestyle=":", label=f"{percent:g} % allowed")
+    axis.axvline(choice.ratio, color="grey", linewidth=1, label=f"chosen: ratio {choice.ratio:g}")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_xlabel("ratio")
+    axis.set_ylabel("segmentation loss, % of the original's figure")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    axis.set_title(title, fontsize=10)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def _largest(lost: dict[str, float], before: dict[str, float]) -> float:
+    if "vi_split" not in lost:
+        return -lost["f1"] / max(before["f1"], NOTHING)
+    information = before["vi_split"] + before["vi_merge"]
+    return max(
+        (lost["vi_split"] + lost["vi_merge"]) / max(information, NOTHING),
+        lost["rand_error"] / max(before["rand_error"], NOTHING),
+    )
+
+
+def _reached(found: Sequence[Loss], codec: str, percent: float) -> float:
+    """The last ratio before a codec first loses more; 0 where it does so at once, or was not measured."""
+    reached = 0.0
+    for one in sorted((one for one in found if one.codec == codec), key=lambda one: one.wanted):
+        if not (math.isfinite(one.percent) and one.percent <= percent):
+            break
+        reached = one.wanted
+    return reached
