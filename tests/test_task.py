@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import zarr
+from PIL import Image
 from scipy import ndimage
 from typer.testing import CliRunner
 
-from ucray.bench.task import ORIGINAL, Labelled, labelled, run_task
+from ucray.bench.choice import choose, losses
+from ucray.bench.task import ORIGINAL, Labelled, Score, Traced, labelled, run_task
 from ucray.bench.task_report import task_to_markdown
 from ucray.bench.tissue import Tracer, f1, information, merged, rand_error
 from ucray.cli import app
+from ucray.cluster import benchmark
 from ucray.codec.shipped import shipped_weights
 from ucray.errors import SettingsError
 
@@ -239,3 +244,118 @@ def test_the_command_leaves_a_table_and_a_plot(tmp_path: Path) -> None:
     assert float(rows[1]["ratio"]) == pytest.approx(32, rel=0.1)
     assert (out / "task.md").read_text().count("| ucray |") == 1
     assert (out / "task.png").stat().st_size > 10_000
+    # The original, and one row of one codec: beside each other.
+    with Image.open(out / "outlines.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert pixels.shape[1] > 1.5 * pixels.shape[0]
+    orange = (pixels[..., 0] > 220) & (pixels[..., 1] < 170) & (pixels[..., 2] < 60)
+    left, right = orange[:, : orange.shape[1] // 2], orange[:, orange.shape[1] // 2 :]
+    assert min(left.sum(), right.sum()) > 500
+
+
+def scores_of(losses: dict[str, dict[float, float]], figures: dict[str, float]) -> Traced:
+    """A measurement in which codecs lose so much of every figure's own value at ratios asked for."""
+
+    def rows(codec: str, wanted: float, loss: float) -> list[Score]:
+        sign = {"f1": -1.0}
+        return [
+            Score(
+                codec, wanted, wanted * 1.01, 30.0, name, value, sign.get(name, 1.0) * loss * value, 0.0, 0.0
+            )
+            for name, value in figures.items()
+        ]
+
+    found = rows(ORIGINAL, math.nan, 0.0)
+    for codec, curve in losses.items():
+        for wanted, loss in curve.items():
+            found += rows(codec, wanted, loss)
+    return Traced(tuple(found), {})
+
+
+NEURONS = {"f1": 0.8, "vi_split": 0.6, "vi_merge": 0.2, "rand_error": 0.1}
+
+
+@pytest.mark.parametrize("figures", [NEURONS, {"f1": 0.8}])
+def test_the_largest_ratio_before_more_is_lost_is_chosen(figures: dict[str, float]) -> None:
+    """Not one beyond: that a coarser one happens to lose less is chance."""
+    ours = {8.0: -0.01, 32.0: 0.015, 16.0: 0.01, 64.0: 0.03, 128.0: 0.019}
+    traced = scores_of(
+        {"ucray": ours, "jpegxl": {8.0: 0.0, 16.0: 0.05}, "jpeg": dict.fromkeys(ours, 0.0)}, figures
+    )
+    choice = choose(traced, 2.0)
+    assert choice.ratio == 32.0
+    assert choice.simpler == {"jpeg": 128.0}
+    by_ratio = {one.wanted: one.percent for one in choice.losses if one.codec == "ucray"}
+    assert by_ratio == pytest.approx({ratio: 100 * loss for ratio, loss in ours.items()})
+    assert choose(traced, 3.5).ratio == 128.0
+    with pytest.raises(SettingsError, match=r"at a ratio of 8 ucray loses -1\.0 %"):
+        choose(traced, -2.0)
+
+
+def test_the_worse_of_two_figures_counts() -> None:
+    traced = scores_of({"ucray": {8.0: 0.0}}, NEURONS)
+    worse = [
+        dataclasses.replace(score, loss=0.02)
+        if (score.codec, score.figure) == ("ucray", "vi_merge")
+        else score
+        for score in traced.scores
+    ]
+    # 0.02 bits of 0.6 + 0.2.
+    assert [one.percent for one in losses(worse)] == pytest.approx([2.5])
+    worse = [
+        dataclasses.replace(score, loss=0.01)
+        if (score.codec, score.figure) == ("ucray", "rand_error")
+        else score
+        for score in worse
+    ]
+    assert [one.percent for one in losses(worse)] == pytest.approx([10.0])
+
+
+def test_a_plan_takes_the_ratio_that_keeps_a_segmentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The region that is traced has labels of its own; what is planned is the whole volume."""
+    # A few of the ratios that are tried: each takes seconds.
+    swept = (8.0, 64.0, 500.0)
+    monkeypatch.setattr(benchmark, "SWEPT", swept)
+    voxels, labels = cells(1)
+    volume = np.concatenate([voxels, voxels])
+    zarr.create_array(tmp_path / "em.zarr", data=volume)
+    zarr.create_array(tmp_path / "labels.zarr", data=labels.astype(np.uint16))
+    curve = tmp_path / "curve.png"
+    command = ["plan", str(tmp_path / "em.zarr"), str(tmp_path / "archive"), "--weights", "em-fib-v1"]
+    command += ["--labels", str(tmp_path / "labels.zarr"), "--roi", f"0:{SHAPE[0]},0:{SHAPE[1]},0:{SHAPE[2]}"]
+    command += ["--max-seg-loss", "50", "--curve", str(curve)]
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    choice = told["choice"]
+    ours = {one["wanted"]: one["percent"] for one in choice["losses"] if one["codec"] == "ucray"}
+    assert sorted(ours) == list(swept)
+    assert all(ours[ratio] <= 50 for ratio in swept if ratio <= choice["ratio"])
+    assert told["target"] == {"ratio": choice["ratio"]}
+    assert told["shape"] == list(volume.shape)
+    with Image.open(curve) as picture:
+        assert picture.size[0] > 500
+    assert not (tmp_path / "archive").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-seg-loss", "2"], "go together"),
+        (["--max-seg-loss", "2", "--labels", "L", "--psnr", "30"], "give no other target"),
+        (["--max-seg-loss", "2", "--labels", "LABELS", "--curve", "NOWHERE"], "there is no folder"),
+        (["--max-seg-loss", "2", "--labels", "LABELS", "--roi", "0:9,0:9,0:9"], "--labels has shape"),
+    ],
+)
+def test_choices_that_cannot_be_made_are_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+    voxels, labels = cells(4)
+    zarr.create_array(tmp_path / "em.zarr", data=voxels)
+    zarr.create_array(tmp_path / "labels.zarr", data=labels[:9].astype(np.uint16))
+    places = {"LABELS": str(tmp_path / "labels.zarr"), "NOWHERE": str(tmp_path / "none" / "curve.png")}
+    given = [places.get(argument, argument) for argument in arguments]
+    command = ["plan", str(tmp_path / "em.zarr"), str(tmp_path / "archive"), *given]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert result.exit_code != 0
+    assert message in (str(result.exception) + result.output)
