@@ -79,7 +79,7 @@ class Site:
             "RAY_ADDRESS": self.cluster.address,
             "PYTHONPATH": str(Path(kill_job.__file__).parent),
             kill_job.LOG: str(self.log(archive)),
-            # Drivers side by side measure tiny volumes: threads of theirs would wait for each other, spinning.
+            # Drivers beside each other measure tiny volumes: threads of theirs would spin while they wait.
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, kill_job.__file__, self.source, archive, self.weights]
