@@ -18,7 +18,8 @@ from scipy import ndimage
 from typer.testing import CliRunner
 
 from ucray.bench.choice import choose, losses
-from ucray.bench.task import ORIGINAL, Labelled, Score, Traced, labelled, run_task
+from ucray.bench.outlines import Panel
+from ucray.bench.task import MEMBRANES, ORIGINAL, Labelled, Score, Traced, labelled, run_task
 from ucray.bench.task_report import task_to_markdown
 from ucray.bench.tissue import Tracer, f1, information, merged, rand_error
 from ucray.cli import app
@@ -137,6 +138,32 @@ def test_codecs_are_compared_with_the_original(known: Labelled) -> None:
     assert coarse.high < 0.0
     # Peers spend no fewer bytes than were asked for.
     assert by_name["jpegxl", 8.0, "f1"].ratio <= 8.0
+
+
+def test_weighed_membranes_are_coded_better_than_what_is_between(known: Labelled) -> None:
+    """At about equal bytes errors go from membranes to where none are, as far as cells of 8^3 tell them apart."""
+    panels = {}
+    for name in ("ucray", MEMBRANES):
+        traced = run_task(
+            "membrane",
+            known,
+            shipped_weights("em-fib-v1"),
+            (64, 64, 64),
+            codecs=[name],
+            ratios=[64.0],
+            data_range=255.0,
+        )
+        assert traced.scores[1].ratio == pytest.approx(64.0, rel=0.1)
+        panels[name] = traced.panels
+    original = panels["ucray"][0].voxels.astype(float)
+    half = known.membrane[:, SHAPE[1] // 2 :]
+    membrane = Panel.of("", 64.0, 64.0, half, half).found.astype(bool)
+    on, off = (
+        [((panels[name][1].voxels - original)[part] ** 2).mean() for name in ("ucray", MEMBRANES)]
+        for part in (membrane, ~membrane)
+    )
+    assert on[1] < on[0]
+    assert on[1] / off[1] < on[0] / off[0]
 
 
 def test_classes_give_membranes_alone() -> None:

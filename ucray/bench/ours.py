@@ -23,6 +23,7 @@ from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder, Prepared
+from ucray.codec.importance import ChunkImportance, cell_means
 from ucray.codec.rate import CHUNK_OVERHEAD, finest_within
 from ucray.codec.weights import Weights
 from ucray.grid import Box, Shape3, triple
@@ -47,14 +48,31 @@ class Coded:
 
 
 class VolumeCodec:
-    """Codes one volume (z, y, x) with given weights; to be used in a `with` statement."""
+    """Codes one volume (z, y, x) with given weights; to be used in a `with` statement.
 
-    def __init__(self, volume: Volume, weights: Weights, chunk: Shape3, fill_value: float) -> None:
+    `importance` (z, y, x) weighs the errors of its voxels.
+    """
+
+    def __init__(
+        self,
+        volume: Volume,
+        weights: Weights,
+        chunk: Shape3,
+        fill_value: float,
+        importance: npt.NDArray[np.floating] | None = None,
+    ) -> None:
         self.chunk = chunk
         offset, scale = normalisation([volume], fill_value)
         self._format = ChunkFormat(chunk, str(volume.dtype), fill_value, offset, scale)
         self._volume = volume
         self._boxes = list(blocks(triple(iter(volume.shape)), chunk))
+        self._importance: list[ChunkImportance | None] = [None] * len(self._boxes)
+        if importance is not None:
+            cell, mean = weights.config.latent_cell, float(importance.mean())
+            self._importance = [
+                ChunkImportance.of(cell_means(importance[box.slices], cell), mean, chunk, cell)
+                for box in self._boxes
+            ]
         # What is refused is refused here: a pool starts a process that cannot begin over and over.
         self._encoder = ChunkEncoder(weights, self._format)
         # What the processes must load and build is done before anything is timed.
@@ -85,13 +103,15 @@ class VolumeCodec:
     @cached_property
     def _searched(self) -> tuple[ChunkEncoder, list[Prepared]]:
         """An encoder, and the sample of the chunks."""
-        picked = self._boxes[:: max(1, len(self._boxes) // SEARCHED)]
-        return self._encoder, self._encoder.prepare([self._volume[box.slices] for box in picked])
+        every = slice(None, None, max(1, len(self._boxes) // SEARCHED))
+        voxels = [self._volume[box.slices] for box in self._boxes[every]]
+        return self._encoder, self._encoder.prepare(voxels, None, self._importance[every])
 
     def encode(self, quality: int) -> Coded:
         """All chunks."""
+        chunks = list(zip(self._boxes, self._importance, strict=True))
         shares = self._pool.starmap(
-            _Worker.encode, [(self._boxes[n::PROCESSES], quality) for n in range(PROCESSES)], chunksize=1
+            _Worker.encode, [(chunks[n::PROCESSES], quality) for n in range(PROCESSES)], chunksize=1
         )
         return Coded(tuple(shares[n % PROCESSES][n // PROCESSES] for n in range(len(self._boxes))))
 
@@ -135,10 +155,13 @@ class _Worker:
         ready.wait()
 
     @staticmethod
-    def encode(boxes: Sequence[Box], quality: int) -> list[bytes]:
+    def encode(chunks: Sequence[tuple[Box, ChunkImportance | None]], quality: int) -> list[bytes]:
         """Some of the volume's chunks."""
         mine = _Worker.mine
-        return [mine._encoder.encode(mine._volume[box.slices], quality).data for box in boxes]
+        return [
+            mine._encoder.encode(mine._volume[box.slices], quality, None, importance).data
+            for box, importance in chunks
+        ]
 
     @staticmethod
     def decode(chunks: Sequence[bytes], part: str) -> list[Volume | None]:

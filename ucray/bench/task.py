@@ -30,6 +30,12 @@ ORIGINAL = "original"
 CODECS = ("ucray", "x265", "av1", "jpegxl", "avif", "jpeg")
 """Who takes part unless told otherwise."""
 
+MEMBRANES = "ucray-membranes"
+"""ucray with errors weighed by the membranes that the tracer finds in the original."""
+
+MEMBRANE_GAIN = 8.0
+"""How much more the error of a voxel weighs that is surely membrane than that of one that surely is none."""
+
 SEED = 0
 DRAWS = 2000
 """Of blocks with replacement, for the intervals."""
@@ -142,7 +148,7 @@ def run_task(
     if task == "segmentation" and given.segments is None:
         raise SettingsError("--task segmentation wants labels of neurons, not classes (--membrane)")
     chosen = tuple(codecs) or CODECS
-    if unknown := sorted(set(chosen) - {*OURS, *PEERS}):
+    if unknown := sorted(set(chosen) - {*OURS, *PEERS, MEMBRANES}):
         raise SettingsError(f"--codecs {','.join(unknown)}: not known")
     shape = triple(iter(given.voxels.shape))
     half = shape[1] // 2
@@ -164,7 +170,8 @@ def run_task(
         if (reason := _missing(name, weights)) is not None:
             missing[name] = reason
             continue
-        for wanted, ratio, decoded in _decoded(name, tested.voxels, weights, chunk, ratios):
+        importance = 1.0 + MEMBRANE_GAIN * tracer.membranes(tested.voxels) if name == MEMBRANES else None
+        for wanted, ratio, decoded in _decoded(name, tested.voxels, weights, chunk, ratios, importance):
             found = Found.of(task, tracer, decoded)
             psnr = ErrorSum.between(tested.voxels, decoded).psnr(data_range)
             scores += _scores(name, wanted, ratio, psnr, _figures(found, tested), before)
@@ -182,17 +189,22 @@ def _missing(name: str, weights: Weights | None) -> str | None:
 
 
 def _decoded(
-    name: str, volume: Volume, weights: Weights | None, chunk: Shape3, ratios: Sequence[float]
+    name: str,
+    volume: Volume,
+    weights: Weights | None,
+    chunk: Shape3,
+    ratios: Sequence[float],
+    importance: npt.NDArray[np.floating] | None,
 ) -> Iterator[tuple[float, float, Volume]]:
     """Ratio asked for, ratio, and voxels of a codec that is there."""
-    if name in OURS:
-        assert weights is not None
-        with VolumeCodec(volume, weights, chunk, math.nan) as codec:
-            for wanted in ratios:
-                coded = codec.encode(codec.quality_for(wanted))
-                yield wanted, volume.nbytes / coded.nbytes, codec.decode(coded, OURS[name])
-    else:
+    if name in PEERS:
         yield from _peer(PEERS[name], volume, chunk, ratios)
+        return
+    assert weights is not None
+    with VolumeCodec(volume, weights, chunk, math.nan, importance) as codec:
+        for wanted in ratios:
+            coded = codec.encode(codec.quality_for(wanted))
+            yield wanted, volume.nbytes / coded.nbytes, codec.decode(coded, OURS.get(name, "student"))
 
 
 def _peer(
