@@ -141,7 +141,7 @@ def test_codecs_are_compared_with_the_original(known: Labelled) -> None:
 
 
 def test_weighed_membranes_are_coded_better_than_what_is_between(known: Labelled) -> None:
-    """At about equal bytes errors go from membranes to where none are, as far as cells of 8^3 tell them apart."""
+    """At about equal bytes errors leave membranes, as far as cells of 8^3 tell these from the rest."""
     panels = {}
     for name in ("ucray", MEMBRANES):
         traced = run_task(
