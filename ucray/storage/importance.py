@@ -70,10 +70,15 @@ class ImportanceMap:
         ]
         corner = triple(int(axis[0]) for axis in places)
         found = self.weights.read(Box(corner, triple(int(axis[-1]) + 1 for axis in places)))
-        for number, axis in enumerate(places):
-            found = found.take(axis - corner[number], axis=number)
+        z, y, x = (axis - start for axis, start in zip(places, corner, strict=True))
         try:
-            return cell_means(found, self.cell)
+            # A layer of cells at a time: as numbers that can be averaged they take several times the room.
+            return np.concatenate(
+                [
+                    cell_means(found[np.ix_(z[at : at + self.cell[0]], y, x)], self.cell)
+                    for at in range(0, len(z), self.cell[0])
+                ]
+            )
         except SettingsError as error:
             raise SourceError(f"{self.weights.url}: {error} ({box})") from None
 
