@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prom
 BUCKET = "s3://ucray-metrics"
 SHARDS = 512
 SIZES = ("--chunk", "16,16,16", "--shard", "16,16,16", "--ratio", "4")
-LIMIT = 120.0
-"""Seconds that a step of a job may take."""
+LIMIT = 400.0
+"""Seconds after which a step of a job hangs; on two busy cores Ray's processes alone start for two minutes."""
 
 FASTER = {"[5m]": "[3s]", "[30m]": "[10s]", "for: 15m": "for: 2s", "interval: 30s": "interval: 500ms"}
 """The rules that ship, for tests that cannot wait a quarter of an hour."""
