@@ -26,7 +26,7 @@ BUCKET = "s3://ucray-metrics"
 SHARDS = 512
 SIZES = ("--chunk", "16,16,16", "--shard", "16,16,16", "--ratio", "4")
 LIMIT = 400.0
-"""Seconds after which a step of a job hangs; on two busy cores Ray's processes alone start for two minutes."""
+"""Seconds after which a step of a job hangs: on two busy cores its processes alone take two minutes."""
 
 FASTER = {"[5m]": "[3s]", "[30m]": "[10s]", "for: 15m": "for: 2s", "interval: 30s": "interval: 500ms"}
 """The rules that ship, for tests that cannot wait a quarter of an hour."""
