@@ -54,6 +54,11 @@ class RayHead:
         return f"127.0.0.1:{self._gcs}"
 
     @property
+    def dashboard(self) -> str:
+        """Where jobs are submitted to."""
+        return f"http://127.0.0.1:{self._dashboard}"
+
+    @property
     def discovery(self) -> Path:
         """Where Ray tells Prometheus of its own metrics."""
         return self.folder / "ray" / "prom_metrics_service_discovery.json"
@@ -76,7 +81,7 @@ class RayHead:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._dashboard}/api/jobs/", timeout=5.0):
+            with urllib.request.urlopen(f"{self.dashboard}/api/jobs/", timeout=5.0):
                 return True
         except OSError:
             return False
@@ -90,7 +95,7 @@ class RayHead:
 
     def run(self, *command: str, cwd: Path, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         """A command as somebody would type it who works with this cluster."""
-        environment = self.environment | {"RAY_ADDRESS": f"http://127.0.0.1:{self._dashboard}"}
+        environment = self.environment | {"RAY_ADDRESS": self.dashboard}
         return subprocess.run(
             command, env=environment, cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False
         )
