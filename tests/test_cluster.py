@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import zarr
 from object_store import ObjectStore
 
@@ -93,6 +95,26 @@ def test_ray_and_the_serial_path_write_the_same_bytes(
     plain = zarr.open_group(tmp_path / "plain", mode="r")["0"]
     archive = zarr.open_group(tmp_path / "ray", mode="r")["0"]
     np.testing.assert_array_equal(plain[...], archive[...])  # type: ignore[index]
+
+
+def test_idle_workers_beyond_the_cores_live_on(ray_running: None, tmp_path: Path) -> None:
+    """By itself Ray ends them after a second, and a job's next read would start a process anew."""
+
+    @ray.remote(num_cpus=0)
+    def work(folder: Path) -> int:
+        (folder / str(os.getpid())).touch()
+        while not (folder / "done").exists():
+            time.sleep(0.1)
+        return os.getpid()
+
+    beyond = int(ray.cluster_resources()["CPU"]) + 2  # type: ignore[no-untyped-call]
+    working = [work.remote(tmp_path) for _ in range(beyond)]
+    while len(list(tmp_path.iterdir())) < beyond:
+        time.sleep(0.1)
+    (tmp_path / "done").touch()
+    processes = ray.get(working)
+    time.sleep(5.0)
+    assert [pid for pid in processes if not Path(f"/proc/{pid}").exists()] == []
 
 
 def test_the_whole_way_through_s3(source: str, weights_file: str, bucket: str, store: ObjectStore) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ucray import CompressOptions, RunOptions, compress, synth
 from ucray.cli import app
-from ucray.cluster import jobs
+from ucray.cluster.options import options_from
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
@@ -121,7 +121,7 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(folder: Path, **others: Any) -> CompressOptions:
     values: dict[str, Any] = {"ratio": 64.0, "shard": "64,64,64", "importance": str(folder / "map.zarr")}
-    return jobs.options_from(**values | others)
+    return options_from(**values | others)
 
 
 def halves(folder: Path, archive: str) -> list[float]:

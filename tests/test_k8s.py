@@ -21,6 +21,7 @@ from metric_names import RULES, known_metrics, rules
 from ray.serve.schema import ServeDeploySchema
 
 from ucray.cli import app
+from ucray.cluster.session import WORKER_POOL
 from ucray.serve import on_ray
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +178,21 @@ def test_clusters_are_fit_for_the_work(kustomization: str) -> None:
 def _bytes(quantity: str) -> int:
     assert quantity.endswith("Gi")
     return int(quantity.removesuffix("Gi")) * 2**30
+
+
+@needs_kubectl
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_clusters_that_compress_keep_their_idle_workers(kustomization: str) -> None:
+    kept = {"ucray", "ucray-compress"}
+    for name, cluster in clusters(kustomization):
+        if name not in kept:
+            continue
+        kept.remove(name)
+        for group in groups(cluster):
+            (container,) = group["template"]["spec"]["containers"]
+            environment = {given["name"]: given.get("value") for given in container["env"]}
+            assert WORKER_POOL.items() <= environment.items(), (name, group.get("groupName", "head"))
+    assert not kept
 
 
 @needs_kubectl

@@ -36,12 +36,13 @@ FLOORS = {
     "ucray.arguments": (6, 0),
     "ucray.log": (6, 0),
     "ucray.console": (6, 1),
-    "ucray.cli": (6, 2),
+    "ucray.commands": (6, 2),
+    "ucray.cli": (6, 3),
     "ucray.__main__": (7, 0),
 }
 """Floor, and step within it; a module imports only from below and from its own package."""
 
-RAY_USERS = ("ucray.cluster", "ucray.serve", "ucray.cli")
+RAY_USERS = ("ucray.cluster", "ucray.serve")
 
 CODEC_LIBRARIES = {
     "torch",

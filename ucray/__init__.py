@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ucray.cluster.compress import JobReport
+    from ucray.cluster.connection import Connection
     from ucray.cluster.jobs import (
-        Connection,
         compress,
         decompress,
         info,
-        load_weights,
         plan,
         synth,
         train,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from ucray.cluster.plan import CompressOptions, CompressPlan
     from ucray.cluster.telemetry import Event
     from ucray.cluster.verify import Verification
+    from ucray.cluster.weights_store import load_weights
     from ucray.codec.weights import Weights
     from ucray.config import CodecConfig
     from ucray.errors import UcrayError
@@ -38,7 +38,7 @@ _PLACES = {
     "CodecConfig": "ucray.config",
     "CompressOptions": "ucray.cluster.plan",
     "CompressPlan": "ucray.cluster.plan",
-    "Connection": "ucray.cluster.jobs",
+    "Connection": "ucray.cluster.connection",
     "Event": "ucray.cluster.telemetry",
     "JobReport": "ucray.cluster.compress",
     "Reader": "ucray.reader",
@@ -52,7 +52,7 @@ _PLACES = {
     "compress": "ucray.cluster.jobs",
     "decompress": "ucray.cluster.jobs",
     "info": "ucray.cluster.jobs",
-    "load_weights": "ucray.cluster.jobs",
+    "load_weights": "ucray.cluster.weights_store",
     "open": "ucray.reader",
     "plan": "ucray.cluster.jobs",
     "synth": "ucray.cluster.jobs",

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ucray.bench.run import STUDENT
 from ucray.bench.task import ORIGINAL, Score, Traced
 from ucray.errors import SettingsError
-
-OURS = "ucray"
 
 NOTHING = 1e-3
 """An original's figure is not taken for smaller when changes are set against it."""
@@ -63,13 +62,13 @@ def choose(traced: Traced, percent: float) -> Choice:
     """
     found = losses(traced.scores)
     reached = {codec: _reached(found, codec, percent) for codec in dict.fromkeys(one.codec for one in found)}
-    ours = reached.get(OURS, 0.0)
+    ours = reached.get(STUDENT, 0.0)
     if ours == 0.0:
-        first = min((one for one in found if one.codec == OURS), key=lambda one: one.wanted)
+        first = min((one for one in found if one.codec == STUDENT), key=lambda one: one.wanted)
         raise SettingsError(
             f"--max-seg-loss {percent:g}: at a ratio of {first.wanted:g} ucray loses {first.percent:.1f} %"
         )
-    simpler = {codec: ratio for codec, ratio in reached.items() if codec != OURS and ratio >= ours}
+    simpler = {codec: ratio for codec, ratio in reached.items() if codec != STUDENT and ratio >= ours}
     return Choice(ours, tuple(found), simpler, traced.missing)
 
 

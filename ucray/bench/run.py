@@ -19,7 +19,10 @@ from ucray.errors import SettingsError
 from ucray.grid import Box, Shape3, triple
 from ucray.quality import ErrorSum, SeamSum, ssim
 
-OURS = {"ucray": "student", "ucray-teacher": "teacher"}
+STUDENT = "ucray"
+"""ucray as it decodes from an archive."""
+
+OURS = {STUDENT: "student", "ucray-teacher": "teacher"}
 """Names under which ucray takes part, and the network that decodes."""
 
 RATIOS = (16.0, 32.0, 64.0, 128.0, 256.0, 500.0)

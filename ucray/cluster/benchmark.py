@@ -4,41 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ucray.bench.choice import OURS, Choice, choose, draw_choice
 from ucray.bench.levels import LevelPoint, levels_to_markdown, measure_levels
 from ucray.bench.report import report_folder, write_report
 from ucray.bench.run import RATIOS, Bench, run_bench
 from ucray.bench.stages import Stage, measure_stages, stages_to_markdown
-from ucray.bench.task import Traced, labelled, run_task
-from ucray.bench.task_report import write_task
-from ucray.bench.tissue import FLAT
-from ucray.cluster.jobs import Connection
+from ucray.cluster.connection import Connection
 from ucray.cluster.plan import config_for
 from ucray.cluster.rate import data_range
 from ucray.cluster.telemetry import Event, Listener, ignore
 from ucray.codec.shipped import shipped_for, shipped_weights
 from ucray.codec.weights import Weights
 from ucray.config import default_chunk
-from ucray.errors import DestinationError, SettingsError
-from ucray.grid import Box, Shape3, format_shape, parse_box
-from ucray.storage.volume import LABEL_DTYPES, Volume, open_volume
+from ucray.errors import SettingsError
+from ucray.grid import Box, Shape3, parse_box
+from ucray.storage.volume import Volume
 from ucray.zarr_level import level_factors
 
 STAGES_FILE = "stages.md"
 LEVELS_FILE = "levels.md"
 STAGES_QUALITY = 128
-
-SWEPT = (8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 500.0)
-"""Ratios that a choice is made from."""
-
-SIMPLER = ("jpegxl", "jpeg")
-"""Who might do as well, section by section and without weights."""
 
 LARGEST = 1 << 31
 """Voxels that a benchmark holds in memory at once."""
@@ -53,14 +42,6 @@ def parse_ratios(text: str) -> list[float]:
     if not all(1 < ratio < math.inf for ratio in ratios):
         raise SettingsError(f"--ratios {text}: every ratio must be above 1")
     return ratios
-
-
-def parse_classes(text: str) -> list[int]:
-    """Parse classes of labels with commas between; there may be none."""
-    try:
-        return [int(part) for part in text.split(",") if part]
-    except ValueError:
-        raise SettingsError(f"--membrane {text}: not whole numbers with commas between") from None
 
 
 def bench(
@@ -87,8 +68,7 @@ def bench(
     if not exact_fill:
         volume = volume.without_fill()
     region, voxels = read_region(volume, roi)
-    if weights is None and (name := shipped_for(config_for(volume))) is not None:
-        weights = shipped_weights(name)
+    weights = fitting_weights(volume, weights)
     if chunk is None:
         chunk = default_chunk(config_for(volume) if weights is None else weights.config)
     done = 0
@@ -177,141 +157,11 @@ def compare_levels(
     return points
 
 
-def trace(
-    source: str,
-    labels: str,
-    folder: str,
-    weights: Weights | None,
-    task: str,
-    *,
-    membrane: Sequence[int] = (),
-    codecs: Sequence[str] = (),
-    ratios: Sequence[float] = RATIOS,
-    roi: str | None = None,
-    chunk: Shape3 | None = None,
-    connection: Connection = Connection(),
-    listener: Listener = ignore,
-) -> Traced:
-    """Measure what can be traced in what codecs leave of a volume; leaves a table and a plot in a folder.
-
-    Parameters
-    ----------
-    labels
-        A volume like the source: neurons by number, or classes of which some are `membrane`.
-
-    Raises
-    ------
-    SettingsError
-        If labels do not fit the volume or the task, or a name is unknown.
-    """
-    found, title = _traced(
-        source,
-        labels,
-        weights,
-        task,
-        membrane=membrane,
-        codecs=codecs,
-        ratios=ratios,
-        roi=roi,
-        chunk=chunk,
-        connection=connection,
-        listener=listener,
-    )
-    write_task(found, folder, title)
-    return found
-
-
-def choose_ratio(
-    source: str,
-    labels: str,
-    weights: Weights | None,
-    percent: float,
-    curve: str,
-    *,
-    membrane: Sequence[int] = (),
-    roi: str | None = None,
-    chunk: Shape3 | None = None,
-    connection: Connection = Connection(),
-    listener: Listener = ignore,
-) -> Choice:
-    """The largest ratio at which tracing a region loses at most `percent`; leaves the curve as a PNG.
-
-    Raises
-    ------
-    SettingsError
-        If there is none among SWEPT, there are no weights, or as `trace` does.
-    DestinationError
-        If the picture cannot be written.
-    """
-    file = Path(curve)
-    if not file.parent.is_dir():
-        raise DestinationError(f"--curve {curve}: there is no folder {file.parent}")
-    found, title = _traced(
-        source,
-        labels,
-        weights,
-        "membrane" if membrane else "segmentation",
-        membrane=membrane,
-        codecs=(OURS, *SIMPLER),
-        ratios=SWEPT,
-        roi=roi,
-        chunk=chunk,
-        connection=connection,
-        listener=listener,
-    )
-    if OURS in found.missing:
-        raise SettingsError("--max-seg-loss takes weights to code the region with; give --weights")
-    choice = choose(found, percent)
-    draw_choice(choice, percent, file, title)
-    return choice
-
-
-def _traced(
-    source: str,
-    labels: str,
-    weights: Weights | None,
-    task: str,
-    *,
-    membrane: Sequence[int],
-    codecs: Sequence[str],
-    ratios: Sequence[float],
-    roi: str | None,
-    chunk: Shape3 | None,
-    connection: Connection,
-    listener: Listener,
-) -> tuple[Traced, str]:
-    """What was traced, and a title for it."""
-    volume = connection.open(source)
-    region, voxels = read_region(volume, roi)
-    known = _read_labels(
-        open_volume(labels, None, connection.endpoint_url, dtypes=LABEL_DTYPES), volume, region
-    )
+def fitting_weights(volume: Volume, weights: Weights | None) -> Weights | None:
+    """The weights given, or else those that ship for such voxels; None where none do."""
     if weights is None and (name := shipped_for(config_for(volume))) is not None:
-        weights = shipped_weights(name)
-    config = config_for(volume) if weights is None else weights.config
-    thickness = volume.space.scale[0] / min(volume.space.scale)
-    found = run_task(
-        task,
-        labelled(voxels, known, membrane, flat=thickness >= FLAT),
-        weights,
-        chunk or default_chunk(config),
-        codecs=codecs,
-        ratios=ratios,
-        data_range=data_range([voxels], volume.dtype, volume.fill_value),
-        watch=lambda codec: listener(Event("trace", 0, 1, codec)),
-    )
-    return found, f"{source.rstrip('/').rpartition('/')[2]} {region}: {task}"
-
-
-def _read_labels(labels: Volume, volume: Volume, region: Box) -> npt.NDArray[np.generic]:
-    """Labels of a region, from an array as large as the volume, or as the region alone."""
-    if labels.shape == region.shape != volume.shape:
-        return labels.read(Box((0, 0, 0), labels.shape))
-    if labels.shape != volume.shape:
-        raise SettingsError(
-            f"--labels has shape {format_shape(labels.shape)}, the volume {format_shape(volume.shape)}"
-        )
-    return labels.read(region)
+        return shipped_weights(name)
+    return weights
 
 
 def read_region(volume: Volume, roi: str | None) -> tuple[Box, npt.NDArray[np.generic]]:

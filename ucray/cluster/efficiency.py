@@ -10,10 +10,11 @@ from ucray.bench.ours import PROCESSES, VolumeCodec
 from ucray.bench.report import report_folder
 from ucray.cluster import jobs
 from ucray.cluster.benchmark import read_region
-from ucray.cluster.jobs import Connection
+from ucray.cluster.connection import Connection
 from ucray.cluster.pipeline import RunOptions
 from ucray.cluster.plan import CompressOptions
 from ucray.cluster.telemetry import Event
+from ucray.cluster.weights_store import load_weights
 from ucray.config import default_chunk
 from ucray.errors import SettingsError
 from ucray.grid import triple
@@ -78,7 +79,7 @@ def measure_pipeline(
         raise SettingsError("--pipeline compares at one quality of one codec; give --weights")
     volume = connection.open(source)
     region, voxels = read_region(volume, roi)
-    loaded = jobs.load_weights(weights, connection.endpoint_url)
+    loaded = load_weights(weights, connection.endpoint_url)
     chunk = default_chunk(loaded.config)
     shard = triple(CHUNKS * n for n in chunk)
     if all(extent <= n for extent, n in zip(region.shape, shard, strict=True)):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import zarr
-from pydantic import ValidationError
 
 from ucray.cluster.boxes import read_boxes
-from ucray.cluster.compress import JobReport, archive_bytes, check_empty, prepare, run
+from ucray.cluster.compress import JobReport, archive_bytes, prepare, run
+from ucray.cluster.connection import Connection
 from ucray.cluster.decompress import Decompressed, decompress_archive
 from ucray.cluster.pipeline import RunOptions
 from ucray.cluster.plan import CompressOptions, CompressPlan, config_for, plan_compress
@@ -20,34 +19,21 @@ from ucray.cluster.session import ray_session
 from ucray.cluster.telemetry import LINGER, Listener, Telemetry, ignore
 from ucray.cluster.train import train as train_on_ray
 from ucray.cluster.verify import Verification, verify_archive
-from ucray.codec.shipped import shipped_for, shipped_names, shipped_weights
+from ucray.cluster.weights_store import load_weights, object_at, trained_for
+from ucray.codec.shipped import shipped_for
 from ucray.codec.weights import Weights
 from ucray.config import DecoderSizes
-from ucray.errors import DestinationError, SettingsError, WeightsError
-from ucray.grid import Shape3, parse_box, parse_shape
+from ucray.errors import DestinationError, SettingsError
+from ucray.grid import Shape3, parse_box
 from ucray.quality import ErrorSum
 from ucray.settings import Settings, TrainingConfig
-from ucray.storage.archive import GROUP_KEY, WEIGHTS_KEY, Archive, find_archive, open_archive
+from ucray.storage.archive import open_archive
 from ucray.storage.importance import ImportanceMap
-from ucray.storage.objects import Objects, open_objects, open_writable_store, translated
+from ucray.storage.objects import open_objects, open_writable_store, translated
 from ucray.storage.space import Space
-from ucray.storage.volume import Volume, open_volume
 from ucray.synthetic import synthetic_volume
 
 Checked = TypeVar("Checked", bound=Settings)
-
-
-@dataclass(frozen=True)
-class Connection:
-    """How sources and destinations are reached: S3 endpoint, array in a source, places on other axes."""
-
-    endpoint_url: str | None = None
-    array: str | None = None
-    select: str | None = None
-
-    def open(self, source: str) -> Volume:
-        """The volume at `source`, as `open_volume` says."""
-        return open_volume(source, self.array, self.endpoint_url, self.select)
 
 
 def synth(
@@ -160,7 +146,7 @@ def compress(
         else:
             assert training is not None
             follow = telemetry.following(listener)
-            used = _trained(decided, objects, training, start, run_options, follow)
+            used = trained_for(decided, objects, training, start, run_options, follow)
         # Workers may have GPUs that this process has not: what it measures, it measures with what it has.
         device = run_options.device if run_options.serial else "auto"
         archive = prepare(decided, objects, used, training, device, listener)
@@ -199,7 +185,7 @@ def train(
     others = [connection.open(other) for other in also]
     if not exact_fill:
         volume, others = volume.without_fill(), [other.without_fill() for other in others]
-    folder, name = _object(destination, connection.endpoint_url)
+    folder, name = object_at(destination, connection.endpoint_url)
     folder.check_place()
     if folder.get(name) is not None:
         raise DestinationError(f"{destination} exists; give another name")
@@ -307,115 +293,8 @@ def info(archive: str, *, connection: Connection = Connection()) -> dict[str, An
     }
 
 
-def load_weights(place: str, endpoint_url: str | None = None) -> Weights:
-    """Shipped weights by their name, or weights from a path or an s3:// URL.
-
-    Raises
-    ------
-    WeightsError
-        If there are none, or they are damaged.
-    """
-    if place in shipped_names():
-        return shipped_weights(place)
-    folder, name = _object(place, endpoint_url)
-    data = folder.get(name)
-    if data is None:
-        raise WeightsError(f"there are no weights at {place}; `ucray train` makes them")
-    return Weights.from_bytes(data)
-
-
 def _origin(weights: str | None, training: TrainingConfig | None) -> str:
     """Where the weights of a job came from, for its report."""
     if weights is None:
         return "trained on the volume"
     return weights if training is None else f"{weights}, fine-tuned on the volume"
-
-
-def _trained(
-    decided: CompressPlan,
-    objects: Objects,
-    training: TrainingConfig,
-    start: Weights | None,
-    run_options: RunOptions,
-    listener: Listener,
-) -> Weights:
-    """Weights kept in the archive, trained first if they are not there yet."""
-    asked = {"settings": training.model_dump(mode="json"), "start": None if start is None else start.digest}
-    data = objects.get(WEIGHTS_KEY)
-    if data is None:
-        if objects.get(GROUP_KEY) is None:
-            check_empty(objects)
-        else:
-            _refuse_other_weights(find_archive(objects), objects.url)
-        with ray_session():
-            trained = train_on_ray(
-                decided.volume,
-                training,
-                start=start,
-                chunk=decided.grid.chunk,
-                region=decided.region,
-                workers=run_options.encode_workers,
-                worker_cpus=run_options.worker_cpus,
-                use_gpu=run_options.device == "cuda",
-                listener=listener,
-            )
-        objects.put_new(WEIGHTS_KEY, trained.to_bytes())
-        data = objects.get(WEIGHTS_KEY)
-        if data is None:
-            raise WeightsError(f"{objects.url} does not give back the weights written to it")
-    kept = Weights.from_bytes(data)
-    if {name: kept.training.get(name) for name in asked} != asked:
-        raise DestinationError(
-            f"{objects.url} holds weights trained with other settings ({dict(kept.training)}); "
-            "give another destination or the same settings"
-        )
-    return kept
-
-
-def _refuse_other_weights(archive: Archive | None, url: str) -> None:
-    if archive is not None:
-        raise DestinationError(
-            f"{url} holds an archive made with weights {archive.settings.weights_digest[:12]} "
-            "that are not kept in it; give them with --weights"
-        )
-
-
-def _object(place: str, endpoint_url: str | None) -> tuple[Objects, str]:
-    """The folder of an object and its name there."""
-    folder, _, name = place.rstrip("/").rpartition("/")
-    if not name or (place.startswith("s3://") and folder in ("s3:/", "s3:")):
-        raise SettingsError(f"{place} names no object")
-    return open_objects(folder or ("/" if place.startswith("/") else str(Path.cwd())), endpoint_url), name
-
-
-def options_from(*, chunk: str | None = None, shard: str | None = None, **values: Any) -> CompressOptions:
-    """Options of a compress job from loose values; raises SettingsError that names the wrong one."""
-    shapes = {
-        name: parse_shape(text) for name, text in (("chunk", chunk), ("shard", shard)) if text is not None
-    }
-    return checked(CompressOptions, values | shapes)
-
-
-def run_options_from(**values: Any) -> RunOptions:
-    """How a job runs, from loose values; raises SettingsError that names the wrong one."""
-    return checked(RunOptions, values)
-
-
-def training_from(**values: Any) -> TrainingConfig:
-    """Training settings from loose values; raises SettingsError that names the wrong one."""
-    return checked(TrainingConfig, values)
-
-
-def training_for(steps: int) -> TrainingConfig:
-    """Training whose teacher takes `steps` steps and whose student takes two for five of them."""
-    return TrainingConfig(teacher_steps=steps, student_steps=max(1, steps * 2 // 5))
-
-
-def checked(model: type[Checked], values: Mapping[str, Any]) -> Checked:
-    """Settings from loose values; raises SettingsError that names the wrong one. None is the default."""
-    try:
-        return model(**{name: value for name, value in values.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]).replace("_", "-")
-        raise SettingsError(f"--{name} {first['input']}: {first['msg'].lower()}") from None

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ucray.cluster.compress import check_empty
+from ucray.cluster.connection import Connection
 from ucray.cluster.cost import PRICES_AS_OF, Prices, Way, break_even, cheapest, requests, way
-from ucray.cluster.jobs import Connection, decide
+from ucray.cluster.jobs import decide
 from ucray.cluster.pilot import Pilot, run_pilot
 from ucray.cluster.pipeline import RunOptions
 from ucray.cluster.plan import (

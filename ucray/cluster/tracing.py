@@ -1,0 +1,151 @@
+"""Trace neurons in what codecs leave of a region of a volume, and choose a ratio by that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ucray.bench.choice import Choice, choose, draw_choice
+from ucray.bench.run import RATIOS, STUDENT
+from ucray.bench.task import Traced, labelled, run_task
+from ucray.bench.task_report import write_task
+from ucray.bench.tissue import FLAT
+from ucray.cluster.benchmark import fitting_weights, read_region
+from ucray.cluster.connection import Connection
+from ucray.cluster.plan import config_for
+from ucray.cluster.rate import data_range
+from ucray.cluster.telemetry import Event, Listener, ignore
+from ucray.codec.weights import Weights
+from ucray.config import default_chunk
+from ucray.errors import DestinationError, SettingsError
+from ucray.grid import Box, Shape3, format_shape
+from ucray.storage.volume import LABEL_DTYPES, Volume, open_volume
+
+SWEPT = (8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 500.0)
+"""Ratios that a choice is made from."""
+
+SIMPLER = ("jpegxl", "jpeg")
+"""Who might do as well, section by section and without weights."""
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """What is traced: a region of a volume, or all of it, and what is known to be there.
+
+    Parameters
+    ----------
+    labels
+        A volume like the source, or as large as the region alone: neurons by number, or classes of which
+        some are `membrane`.
+    chunk
+        What ucray codes at once; by default as its weights say.
+    """
+
+    source: str
+    labels: str
+    membrane: tuple[int, ...] = ()
+    roi: str | None = None
+    chunk: Shape3 | None = None
+    connection: Connection = Connection()
+
+    def run(
+        self,
+        task: str,
+        weights: Weights | None,
+        codecs: Sequence[str],
+        ratios: Sequence[float],
+        listener: Listener,
+    ) -> tuple[Traced, str]:
+        """What was traced, and a title for it."""
+        volume = self.connection.open(self.source)
+        region, voxels = read_region(volume, self.roi)
+        place = open_volume(self.labels, None, self.connection.endpoint_url, dtypes=LABEL_DTYPES)
+        known = _read_labels(place, volume, region)
+        weights = fitting_weights(volume, weights)
+        config = config_for(volume) if weights is None else weights.config
+        thickness = volume.space.scale[0] / min(volume.space.scale)
+        found = run_task(
+            task,
+            labelled(voxels, known, self.membrane, flat=thickness >= FLAT),
+            weights,
+            self.chunk or default_chunk(config),
+            codecs=codecs,
+            ratios=ratios,
+            data_range=data_range([voxels], volume.dtype, volume.fill_value),
+            watch=lambda codec: listener(Event("trace", 0, 1, codec)),
+        )
+        return found, f"{self.source.rstrip('/').rpartition('/')[2]} {region}: {task}"
+
+
+def parse_classes(text: str) -> tuple[int, ...]:
+    """Parse classes of labels with commas between; there may be none."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise SettingsError(f"--membrane {text}: not whole numbers with commas between") from None
+
+
+def trace(
+    tracing: Tracing,
+    folder: str,
+    weights: Weights | None,
+    task: str,
+    *,
+    codecs: Sequence[str] = (),
+    ratios: Sequence[float] = RATIOS,
+    listener: Listener = ignore,
+) -> Traced:
+    """Measure what can be traced in what codecs leave of a volume; leaves a table and pictures in a folder.
+
+    Raises
+    ------
+    SettingsError
+        If labels do not fit the volume or the task, or a name is unknown.
+    """
+    found, title = tracing.run(task, weights, codecs, ratios, listener)
+    write_task(found, folder, title)
+    return found
+
+
+def choose_ratio(
+    tracing: Tracing,
+    weights: Weights | None,
+    percent: float,
+    curve: str,
+    *,
+    listener: Listener = ignore,
+) -> Choice:
+    """The largest ratio at which tracing a region loses at most `percent`; leaves the curve as a PNG.
+
+    Raises
+    ------
+    SettingsError
+        If there is none among SWEPT, there are no weights, or as `trace` does.
+    DestinationError
+        If the picture cannot be written.
+    """
+    file = Path(curve)
+    if not file.parent.is_dir():
+        raise DestinationError(f"--curve {curve}: there is no folder {file.parent}")
+    task = "membrane" if tracing.membrane else "segmentation"
+    found, title = tracing.run(task, weights, (STUDENT, *SIMPLER), SWEPT, listener)
+    if STUDENT in found.missing:
+        raise SettingsError("--max-seg-loss takes weights to code the region with; give --weights")
+    choice = choose(found, percent)
+    draw_choice(choice, percent, file, title)
+    return choice
+
+
+def _read_labels(labels: Volume, volume: Volume, region: Box) -> npt.NDArray[np.generic]:
+    """Labels of a region, from an array as large as the volume, or as the region alone."""
+    if labels.shape == region.shape != volume.shape:
+        return labels.read(Box((0, 0, 0), labels.shape))
+    if labels.shape != volume.shape:
+        raise SettingsError(
+            f"--labels has shape {format_shape(labels.shape)}, the volume {format_shape(volume.shape)}"
+        )
+    return labels.read(region)

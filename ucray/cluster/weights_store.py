@@ -1,0 +1,92 @@
+"""Weights where they lie: shipped, at a path or URL, or kept in the archive that they were trained for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ucray.cluster.compress import check_empty
+from ucray.cluster.pipeline import RunOptions
+from ucray.cluster.plan import CompressPlan
+from ucray.cluster.session import ray_session
+from ucray.cluster.telemetry import Listener
+from ucray.cluster.train import train as train_on_ray
+from ucray.codec.shipped import shipped_names, shipped_weights
+from ucray.codec.weights import Weights
+from ucray.errors import DestinationError, SettingsError, WeightsError
+from ucray.settings import TrainingConfig
+from ucray.storage.archive import GROUP_KEY, WEIGHTS_KEY, Archive, find_archive
+from ucray.storage.objects import Objects, open_objects
+
+
+def load_weights(place: str, endpoint_url: str | None = None) -> Weights:
+    """Shipped weights by their name, or weights from a path or an s3:// URL.
+
+    Raises
+    ------
+    WeightsError
+        If there are none, or they are damaged.
+    """
+    if place in shipped_names():
+        return shipped_weights(place)
+    folder, name = object_at(place, endpoint_url)
+    data = folder.get(name)
+    if data is None:
+        raise WeightsError(f"there are no weights at {place}; `ucray train` makes them")
+    return Weights.from_bytes(data)
+
+
+def trained_for(
+    decided: CompressPlan,
+    objects: Objects,
+    training: TrainingConfig,
+    start: Weights | None,
+    run_options: RunOptions,
+    listener: Listener,
+) -> Weights:
+    """Weights kept in an archive, trained first if they are not there yet."""
+    asked = {"settings": training.model_dump(mode="json"), "start": None if start is None else start.digest}
+    data = objects.get(WEIGHTS_KEY)
+    if data is None:
+        if objects.get(GROUP_KEY) is None:
+            check_empty(objects)
+        else:
+            _refuse_other_weights(find_archive(objects), objects.url)
+        with ray_session():
+            trained = train_on_ray(
+                decided.volume,
+                training,
+                start=start,
+                chunk=decided.grid.chunk,
+                region=decided.region,
+                workers=run_options.encode_workers,
+                worker_cpus=run_options.worker_cpus,
+                use_gpu=run_options.device == "cuda",
+                listener=listener,
+            )
+        objects.put_new(WEIGHTS_KEY, trained.to_bytes())
+        data = objects.get(WEIGHTS_KEY)
+        if data is None:
+            raise WeightsError(f"{objects.url} does not give back the weights written to it")
+    kept = Weights.from_bytes(data)
+    if {name: kept.training.get(name) for name in asked} != asked:
+        raise DestinationError(
+            f"{objects.url} holds weights trained with other settings ({dict(kept.training)}); "
+            "give another destination or the same settings"
+        )
+    return kept
+
+
+def _refuse_other_weights(archive: Archive | None, url: str) -> None:
+    if archive is not None:
+        raise DestinationError(
+            f"{url} holds an archive made with weights {archive.settings.weights_digest[:12]} "
+            "that are not kept in it; give them with --weights"
+        )
+
+
+def object_at(place: str, endpoint_url: str | None) -> tuple[Objects, str]:
+    """The folder of an object and its name there."""
+    folder, _, name = place.rstrip("/").rpartition("/")
+    if not name or (place.startswith("s3://") and folder in ("s3:/", "s3:")):
+        raise SettingsError(f"{place} names no object")
+    return open_objects(folder or ("/" if place.startswith("/") else str(Path.cwd())), endpoint_url), name

@@ -1,0 +1,1 @@
+"""The commands of `ucray`, a function each: arguments in, a job called, its result shown."""
