@@ -43,8 +43,6 @@ class RayHead:
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Of drivers: beside Ray on few cores threads would spin while they wait for each other.
-            "OMP_NUM_THREADS": "1",
             "RAY_TMPDIR": str(self.folder),
         }
 

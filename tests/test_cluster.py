@@ -22,7 +22,7 @@ import zarr
 from object_store import ObjectStore
 
 import ucray
-from ucray.cluster.session import Resources, ray_session, resources
+from ucray.cluster.session import Resources, coders, ray_session, resources, shared_out
 from ucray.cluster.telemetry import Telemetry
 from ucray.cluster.worker import ShardEncoder
 from ucray.errors import ArchiveError, DestinationError, JobError, SettingsError, SourceError, WeightsError
@@ -697,6 +697,39 @@ def test_a_worker_asks_for_the_cores_it_is_said_to_take(cpus: float, threads: in
     """No Ray is asked: a cluster that grows has no nodes yet."""
     assert resources(64, use_gpu=True, cpus=cpus) == Resources({"CPU": cpus, "GPU": 1.0}, threads)
     assert resources(64, use_gpu=False, cpus=cpus) == Resources({"CPU": cpus}, threads)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cpus", "expected"),
+    [
+        # A core each, less where that would leave none of a node for reading and writing.
+        ([(2.0, 16e9)], None, None, (2, 0.5)),
+        ([(16.0, 64e9)], None, None, (16, 0.93)),
+        ([(16.0, 64e9)], 8, None, (8, 1.0)),
+        ([(16.0, 64e9)] * 4, 32, None, (32, 1.0)),
+        # As many as there is room for, one at least; a head without cores takes none.
+        ([(0.0, 8e9), (16.0, 9e9), (64.0, 1e9)], None, None, (5, 1.0)),
+        # Nodes that are to come are not asked.
+        ([], None, None, (1, 0.5)),
+        ([(0.0, 8e9)], 32, 1.0, (32, 1.0)),
+        ([(16.0, 64e9)], None, 4.0, (4, 4.0)),
+    ],
+)
+def test_workers_that_code_fill_the_cores_there_are(
+    nodes: list[tuple[float, float]], workers: int | None, cpus: float | None, expected: tuple[int, float]
+) -> None:
+    found = shared_out(nodes, workers, 2 * 10**9, cpus)
+    assert (found.count, found.per_worker) == (expected[0], {"CPU": expected[1]})
+
+
+def test_without_a_word_of_workers_each_core_has_one(
+    source: str, weights_file: str, tmp_path: Path, ray_running: None
+) -> None:
+    count = coders(None, OPTIONS.memory // 8).count
+    assert count == int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
+    _serial(source, tmp_path / "serial", weights_file)
+    ucray.compress(source, str(tmp_path / "ray"), OPTIONS, weights=weights_file)
+    assert _bytes(tmp_path / "ray") == _bytes(tmp_path / "serial")
 
 
 def test_missing_weights_are_named(source: str, tmp_path: Path) -> None:

@@ -79,8 +79,6 @@ class Site:
             "RAY_ADDRESS": self.cluster.address,
             "PYTHONPATH": str(Path(kill_job.__file__).parent),
             kill_job.LOG: str(self.log(archive)),
-            # Drivers beside each other measure tiny volumes: threads of theirs would spin while they wait.
-            "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, kill_job.__file__, self.source, archive, self.weights]
         return subprocess.Popen(

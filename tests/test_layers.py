@@ -54,6 +54,7 @@ CODEC_LIBRARIES = {
     "google_crc32c",
     "msgspec",
     "pydantic",
+    "threadpoolctl",
 }
 """All that a bare GPU machine needs for the codec and its training."""
 

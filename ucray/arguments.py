@@ -25,11 +25,15 @@ Select = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Serial = Annotated[bool, typer.Option(help="Work in this process, without Ray.")]
-Workers = Annotated[int, typer.Option(min=1, help="Workers.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Workers that code; by default one for each core, or GPU.")
+]
 WorkerCpus = Annotated[
     float | None,
     typer.Option(
-        min=0.1, help="Cores of a worker; by default the nodes' are shared out.", envvar="UCRAY_WORKER_CPUS"
+        min=0.1,
+        help="Cores that a worker asks for; by default the nodes' are shared out.",
+        envvar="UCRAY_WORKER_CPUS",
     ),
 ]
 

@@ -19,6 +19,7 @@ from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import ready
 from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.network import analysis_of, load_network, stored_synthesis
+from ucray.codec.threads import one_thread
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
 from ucray.grid import Shape3, triple
@@ -81,7 +82,7 @@ def measure_stages(
     qualities = torch.full((batch,), float(quality), device=place)
 
     def on_device(run: Callable[[], object]) -> float:
-        with torch.inference_mode():
+        with torch.inference_mode(), one_thread(place):
             return _fastest(run, place) / batch
 
     wavelet = on_device(lambda: analysis.wavelet(x))
@@ -105,7 +106,7 @@ def measure_stages(
 def stages_to_markdown(stages: list[Stage], quality: int, batch: int) -> str:
     """The stages as a table."""
     lines = [
-        f"Stages at quality {quality}, {torch.get_num_threads()} threads, networks in batches of {batch}.",
+        f"Stages at quality {quality}, networks in batches of {batch}, on a processor with one thread.",
         "",
         "| stage | where | ms a chunk | MB/s |",
         "|---|---|---|---|",

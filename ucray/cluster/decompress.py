@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import torch
+import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
 
+from ucray.cluster.plan import worker_memory
 from ucray.cluster.pool import over_shards
 from ucray.cluster.telemetry import Event, Listener
 from ucray.errors import DestinationError
@@ -34,7 +35,7 @@ def decompress_archive(
     *,
     endpoint_url: str | None = None,
     serial: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
     worker_cpus: float | None = None,
     listener: Listener,
 ) -> Decompressed:
@@ -58,7 +59,10 @@ def decompress_archive(
     indices = list(settings.grid.shard_indices())
     build = partial(_Decoder, url, destination, endpoint_url)
     done = 0
-    for written in over_shards(build, indices, serial=serial, workers=workers, worker_cpus=worker_cpus):
+    memory = worker_memory(settings.shard, np.dtype(settings.dtype).itemsize)
+    for written in over_shards(
+        build, indices, serial=serial, memory=memory, workers=workers, worker_cpus=worker_cpus
+    ):
         done += written
         listener(Event("decompress", done, settings.bytes_in))
     return Decompressed(destination, settings.shape, settings.dtype, done)
@@ -87,9 +91,7 @@ def _create(archive: Archive, url: str, destination: str, endpoint_url: str | No
 class _Decoder:
     """Decodes shards of one archive into one destination; both have the same shards."""
 
-    def __init__(self, url: str, destination: str, endpoint_url: str | None, threads: int | None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def __init__(self, url: str, destination: str, endpoint_url: str | None) -> None:
         self._archive = open_archive(url, endpoint_url)
         self._source = open_volume(url, endpoint_url=endpoint_url)
         self._destination = destination

@@ -17,7 +17,7 @@ from pydantic import Field
 from ucray.cluster.ingest import BoxSource, Row, one_row, one_row_batch, read_row, voxels_of, weights_of
 from ucray.cluster.memory import peak_memory
 from ucray.cluster.plan import CompressPlan
-from ucray.cluster.session import failure, ray_session, resources
+from ucray.cluster.session import coders, failure, ray_session
 from ucray.cluster.telemetry import LINGER
 from ucray.cluster.worker import EncodeJob, ShardEncoder, ShardWriter, WriteJob
 from ucray.codec.weights import Weights
@@ -34,13 +34,14 @@ STAGES = ("read", "encode", "write")
 class RunOptions(Settings):
     """How a job runs; nothing of it changes the archive's meaning.
 
-    `worker_cpus` are the cores of an encode worker; None shares out those of the nodes there are. Shards
+    Of encode workers None is one for each core, or GPU, of the nodes there are. `worker_cpus` are the cores
+    that one asks for; None shares out those of the nodes. Shards
     that failed are listed in the file `failed_boxes`; a job that is given such a file as `boxes`
     does just what it lists. With a `metrics_port` a job that has ended waits up to `metrics_linger` seconds
     for a last scrape.
     """
 
-    encode_workers: Annotated[int, Field(ge=1)] = 1
+    encode_workers: Annotated[int, Field(ge=1)] | None = None
     worker_cpus: Annotated[float, Field(gt=0.0)] | None = None
     write_workers: Annotated[int, Field(ge=1)] = 1
     device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$")] = "auto"
@@ -95,8 +96,13 @@ def on_ray(
     if not missing:
         return
     with ray_session():
-        share = resources(options.encode_workers, use_gpu=options.device == "cuda", cpus=options.worker_cpus)
-        encode = EncodeJob(settings, weights.to_bytes(), options.device, share.threads)
+        workers = coders(
+            options.encode_workers,
+            plan.peak_memory,
+            use_gpu=options.device == "cuda",
+            cpus=options.worker_cpus,
+        )
+        encode = EncodeJob(settings, weights.to_bytes(), options.device)
         rows = (
             ray.data.read_datasource(
                 BoxSource(plan.volume, ShardBoxes(plan, missing), plan.importance), num_cpus=0.25
@@ -107,10 +113,10 @@ def on_ray(
                 batch_size=1,
                 # All are asked for at once; the first that stands begins.
                 compute=ray.data.ActorPoolStrategy(
-                    min_size=1, max_size=options.encode_workers, initial_size=options.encode_workers
+                    min_size=1, max_size=workers.count, initial_size=workers.count
                 ),
-                num_cpus=share.per_worker["CPU"],
-                num_gpus=share.per_worker.get("GPU"),
+                num_cpus=workers.per_worker["CPU"],
+                num_gpus=workers.per_worker.get("GPU"),
             )
             .map_batches(
                 _WriteRow,

@@ -169,6 +169,11 @@ class CompressPlan:
         }
 
 
+def worker_memory(shard: Shape3, itemsize: int) -> int:
+    """Bytes that a worker takes at most, coding or decoding shards of voxels of `itemsize` bytes."""
+    return NETWORK_MEMORY + COPIES * math.prod(shard) * itemsize
+
+
 def plan_compress(
     volume: Volume, config: CodecConfig, options: CompressOptions, importance: ImportanceMap | None = None
 ) -> CompressPlan:
@@ -197,7 +202,7 @@ def plan_compress(
     shard = options.shard or default_shard(region.shape, chunk)
     grid = Grid(region.shape, chunk, shard)
     itemsize = np.dtype(volume.dtype).itemsize
-    peak = NETWORK_MEMORY + COPIES * math.prod(shard) * itemsize
+    peak = worker_memory(shard, itemsize)
     if peak > options.memory:
         room = (options.memory - NETWORK_MEMORY) // (COPIES * itemsize * math.prod(chunk))
         side = int(max(room, 0) ** (1 / 3) + 1e-9)

@@ -10,7 +10,7 @@ import ray
 import ray.data
 
 from ucray.cluster.ingest import TASKS, one_row, one_row_batch
-from ucray.cluster.session import failure, ray_session, resources
+from ucray.cluster.session import coders, failure, ray_session
 from ucray.errors import UcrayError
 from ucray.grid import Shape3, triple
 
@@ -26,32 +26,33 @@ class ShardWorker(Protocol[FoundOut]):
 
 
 def over_shards(
-    build: Callable[[int | None], ShardWorker[Found]],
+    build: Callable[[], ShardWorker[Found]],
     indices: Sequence[Shape3],
     *,
     serial: bool,
-    workers: int,
+    memory: int,
+    workers: int | None,
     worker_cpus: float | None,
 ) -> Iterator[Found]:
     """What workers find in the shards `indices`, in no order.
 
-    `build` makes a worker from the number of threads it may compute with (None: all); on Ray it
-    runs in each actor.
+    `build` makes a worker; on Ray it runs in each actor, of which each takes up to `memory`
+    bytes; there is one a core if `workers` is None.
     """
     if serial or not indices:
-        worker = build(None)
+        worker = build()
         for index in indices:
             yield worker.shard(index)
         return
     with ray_session():
-        share = resources(workers, use_gpu=False, cpus=worker_cpus)
+        found = coders(workers, memory, cpus=worker_cpus)
         keys = [{"key": ".".join(map(str, index))} for index in indices]
         rows = ray.data.from_items(keys, override_num_blocks=min(len(keys), TASKS)).map_batches(
             _Rows,
-            fn_constructor_args=(build, share.threads),
+            fn_constructor_args=(build,),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
-            num_cpus=share.per_worker["CPU"],
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=found.count),
+            num_cpus=found.per_worker["CPU"],
         )
         try:
             for row in rows.iter_rows():
@@ -73,8 +74,8 @@ class _Found(Generic[Found]):
 
 
 class _Rows:
-    def __init__(self, build: Callable[[int | None], ShardWorker[Any]], threads: int) -> None:
-        self._worker = build(threads)
+    def __init__(self, build: Callable[[], ShardWorker[Any]]) -> None:
+        self._worker = build()
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         key = str(one_row(batch)["key"])

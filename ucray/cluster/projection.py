@@ -55,12 +55,13 @@ class Projection:
         """Hours of encoding, workers side by side."""
         pilot = self._measured
         seconds = pilot.ucray.seconds * self.plan.bytes_in * self.share / pilot.voxel_bytes
-        return seconds / 3600.0 / self.options.encode_workers
+        return seconds / 3600.0 / self.workers
 
     @property
-    def worker_cores(self) -> int:
-        """Cores of a worker, which are this machine's."""
-        return os.cpu_count() or 1
+    def workers(self) -> int:
+        """Workers of the job; without a word of them as many as this machine has cores, or one GPU."""
+        here = 1 if self.options.device == "cuda" else os.cpu_count() or 1
+        return self.options.encode_workers or here
 
     @property
     def bytes_out(self) -> float:
@@ -71,8 +72,8 @@ class Projection:
         """Ways to keep the volume, by name: as blosc-zstd, which needs no job, as ucray, as JPEG XL."""
         pilot, prices = self._measured, self.prices
         puts, gets = self.requests
-        hours = self.hours * self.options.encode_workers
-        rate = prices.gpu_hour if self.options.device == "cuda" else prices.core_hour * self.worker_cores
+        hours = self.hours * self.workers
+        rate = prices.gpu_hour if self.options.device == "cuda" else prices.core_hour
         found = [
             way(BLOSC, self._scaled(pilot.blosc.bytes), math.inf, prices),
             way(OURS, self.bytes_out, pilot.ucray.psnr, prices, compute=hours * rate, puts=puts, gets=gets),
@@ -102,7 +103,7 @@ class Projection:
         ours, best = ways[OURS], cheapest(list(ways.values()), self.months)
         puts, gets = self.requests
         gpu = self.options.device == "cuda"
-        worker_hours = self.hours * self.options.encode_workers
+        worker_hours = self.hours * self.workers
         return found | {
             "pilot": f"{pilot.chunks} chunks, quality {pilot.measured.quality}",
             "projected_bytes_out": round(self.bytes_out),
@@ -110,9 +111,9 @@ class Projection:
             "projected_psnr": ours.psnr,
             "encode_mb_s": pilot.voxel_bytes / pilot.ucray.seconds / 1e6,
             "decode_mb_s": pilot.voxel_bytes / pilot.decode_seconds / 1e6,
-            "workers": self.options.encode_workers,
+            "workers": self.workers,
             "hours": self.hours,
-            "core_hours": None if gpu else worker_hours * self.worker_cores,
+            "core_hours": None if gpu else worker_hours,
             "gpu_hours": worker_hours if gpu else None,
             "puts": puts,
             "gets": gets,

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -96,11 +96,51 @@ def _nodes() -> list[dict[str, Any]]:
     return nodes
 
 
-def resources(workers: int, *, use_gpu: bool, cpus: float | None = None, reserve: float = 1.0) -> Resources:
-    """What each of `workers` workers of one group asks for.
+@dataclass(frozen=True)
+class Coders:
+    """Workers that code or decode chunks: how many, and what each asks of Ray."""
+
+    count: int
+    per_worker: dict[str, float]
+
+
+def coders(workers: int | None, memory: int, *, use_gpu: bool = False, cpus: float | None = None) -> Coders:
+    """Workers for a job on the nodes there are; one for each core, or GPU, if `workers` is None.
+
+    On a processor a worker computes with one thread, as its chunks do. None is then as many as the nodes have
+    room for where each takes `memory` bytes. Unless `cpus` says otherwise each asks for a core, or for less
+    where no core of a node would stay free for reading and writing.
+    """
+    nodes = [node["Resources"] for node in _nodes() if node["Alive"]]
+    if use_gpu:
+        count = workers or int(sum(node.get("GPU", 0.0) for node in nodes))
+        return Coders(max(1, count), resources(max(1, count), use_gpu=True, cpus=cpus).per_worker)
+    return shared_out(
+        [(node.get("CPU", 0.0), node.get("memory", 0.0)) for node in nodes], workers, memory, cpus
+    )
+
+
+def shared_out(
+    nodes: Sequence[tuple[float, float]], workers: int | None, memory: int, cpus: float | None
+) -> Coders:
+    """Workers on processors, for nodes of so many cores and bytes of memory; see `coders`."""
+    usable = [node for node in nodes if node[0] >= 1.0] or [(1.0, float(memory))]
+    # A worker that is said to take several cores takes its node's share of them.
+    taken = max(1.0, cpus or 1.0)
+    fitting = [max(1, int(min(cores // taken, room // memory))) for cores, room in usable]
+    count = workers or sum(fitting)
+    if cpus is not None:
+        return Coders(count, {"CPU": cpus})
+    free = min(cores for cores, _ in usable) - 1.0
+    share = math.floor(100.0 * free / math.ceil(count / len(usable))) / 100.0
+    return Coders(count, {"CPU": min(1.0, max(0.5, share))})
+
+
+def resources(workers: int, *, use_gpu: bool, cpus: float | None = None) -> Resources:
+    """What each of `workers` workers asks for that train, or code on GPUs.
 
     `cpus` cores each where they are given: a cluster that grows has no nodes yet to go by. Else the cores
-    of the nodes are shared out, of which `reserve` stay free for reading and writing. A worker then asks
+    of the nodes are shared out, of which one stays free for reading. A worker then asks
     for as many cores as its share, half a core at least, and computes with as many threads as its node
     has cores for it: reading leaves most of its reserve idle.
     """
@@ -110,5 +150,5 @@ def resources(workers: int, *, use_gpu: bool, cpus: float | None = None, reserve
     nodes = [node["Resources"].get("CPU", 0.0) for node in _nodes() if node["Alive"]]
     usable = [cpus for cpus in nodes if cpus >= 1] or [1.0]
     on_a_node = math.ceil(workers / len(usable))
-    share = max(0.5, math.floor((min(usable) - reserve) / on_a_node))
+    share = max(0.5, math.floor((min(usable) - 1.0) / on_a_node))
     return Resources({"CPU": share} | gpu, max(1, int(min(usable) // on_a_node)))

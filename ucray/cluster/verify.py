@@ -9,8 +9,8 @@ from functools import partial
 
 import google_crc32c
 import numpy as np
-import torch
 
+from ucray.cluster.plan import worker_memory
 from ucray.cluster.pool import over_shards
 from ucray.cluster.telemetry import Event, Listener
 from ucray.codec.bitstream import read_chunk
@@ -76,7 +76,7 @@ def verify_archive(
     sample: int | None = None,
     endpoint_url: str | None = None,
     serial: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
     worker_cpus: float | None = None,
     listener: Listener,
 ) -> Verification:
@@ -109,7 +109,10 @@ def verify_archive(
     stored, measured, seams = ErrorSum(), ErrorSum(), SeamSum()
     build = partial(_Checker, url, endpoint_url, source, region)
     total = sum(sizes[shard_key(index)] for index in looked_into)
-    for findings in over_shards(build, looked_into, serial=serial, workers=workers, worker_cpus=worker_cpus):
+    memory = worker_memory(settings.shard, np.dtype(settings.dtype).itemsize)
+    for findings in over_shards(
+        build, looked_into, serial=serial, memory=memory, workers=workers, worker_cpus=worker_cpus
+    ):
         problems += [f"shard {shard_key(findings.index)}: {problem}" for problem in findings.problems]
         clean = clean and not findings.problems
         chunks += findings.chunks
@@ -175,10 +178,7 @@ class _Checker:
         endpoint_url: str | None,
         source: Volume | None,
         region: Box | None,
-        threads: int | None,
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
         self._archive = open_archive(url, endpoint_url)
         self._grid = self._archive.settings.grid
         codec = self._archive.codec

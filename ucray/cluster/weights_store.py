@@ -58,7 +58,7 @@ def trained_for(
                 start=start,
                 chunk=decided.grid.chunk,
                 region=decided.region,
-                workers=run_options.encode_workers,
+                workers=run_options.encode_workers or 1,
                 worker_cpus=run_options.worker_cpus,
                 use_gpu=run_options.device == "cuda",
                 listener=listener,

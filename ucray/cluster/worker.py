@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.decoder import device_for
@@ -28,7 +27,6 @@ class EncodeJob:
     settings: ArchiveSettings
     weights: bytes
     device: str = "auto"
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,6 @@ class ShardEncoder:
 
     def __init__(self, job: EncodeJob) -> None:
         keep_freed_memory()
-        if job.threads is not None:
-            torch.set_num_threads(job.threads)
         self._settings = job.settings
         device = device_for(job.device)
         self._packs = device == "cpu"

@@ -19,6 +19,7 @@ from ucray.codec.linear import LinearSynthesis
 from ucray.codec.network import stored_synthesis
 from ucray.codec.residual import apply_residual, decode_residual
 from ucray.codec.stream import CodedLatents
+from ucray.codec.threads import one_thread
 from ucray.codec.weights import Weights
 from ucray.errors import ChunkError, WeightsError
 from ucray.grid import Shape3, triple
@@ -146,7 +147,7 @@ class ChunkDecoder:
         y_hat = np.stack([one.latents.astype(np.float32) for one in full]) * context.unit
         prior = np.stack([context.vectors(one.codes).astype(np.float32) for one in full]) / FEATURE_UNITS
         quality = torch.tensor([float(one.quality) for one in full], device=self._device)
-        with torch.inference_mode():
+        with torch.inference_mode(), one_thread(self._device):
             latents = torch.from_numpy(y_hat).to(self._device).permute(0, 4, 1, 2, 3)
             side = torch.from_numpy(prior.astype(np.float32)).to(self._device).permute(0, 4, 1, 2, 3)
             x_hat = self._synthesis(latents, side, quality)

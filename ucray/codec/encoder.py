@@ -26,6 +26,7 @@ from ucray.codec.inpaint import inpaint
 from ucray.codec.network import analysis_of, load_network
 from ucray.codec.residual import Residual, apply_residual, encode_residual, residual_of
 from ucray.codec.stream import CodedLatents, StreamModel, Symbols
+from ucray.codec.threads import one_thread
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
 from ucray.grid import Box, Shape3, triple
@@ -129,7 +130,7 @@ class ChunkEncoder:
         with np.errstate(over="ignore"):
             values = padded.astype(np.float32) - np.float32(self.format.offset)
             values /= np.float32(self.format.scale)
-        with torch.inference_mode():
+        with torch.inference_mode(), one_thread(self._device):
             x = inpaint(torch.from_numpy(values).to(self._device), mask.to(self._device))
             qualities = torch.tensor([float(quality) for _, quality in full], device=self._device)
             y, z = self._analysis(channels_last(x), qualities)

@@ -50,7 +50,7 @@ def plan(
     roi: Roi = None,
     importance: Importance = None,
     memory: Memory = None,
-    workers: Workers = 1,
+    workers: Workers = None,
     device: Device = "auto",
     max_seg_loss: Annotated[
         float | None,

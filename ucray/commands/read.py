@@ -72,7 +72,7 @@ def verify(
     sample: Annotated[
         int | None, typer.Option(min=1, help="Look into that many shards alone, drawn at random.")
     ] = None,
-    workers: Workers = 1,
+    workers: Workers = None,
     worker_cpus: WorkerCpus = None,
     serial: Serial = False,
     endpoint_url: Endpoint = None,

@@ -88,7 +88,7 @@ def train(
     teacher_filter: Annotated[
         str | None, typer.Option(help="The teacher's post-filter, as 32,6,160.")
     ] = None,
-    workers: Workers = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Workers that train.")] = 1,
     worker_cpus: WorkerCpus = None,
     gpu: Annotated[bool, typer.Option(help="One GPU a worker.")] = False,
     storage: Annotated[str | None, typer.Option(help="Where checkpoints go; path or s3:// URL.")] = None,
@@ -167,7 +167,7 @@ def compress(
     metrics_port: MetricsPort = None,
     metrics_linger: MetricsLinger = 60.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    workers: Workers = 1,
+    workers: Workers = None,
     worker_cpus: WorkerCpus = None,
     write_workers: Annotated[int, typer.Option(min=1, help="Workers that write.")] = 1,
     device: Device = "auto",
@@ -248,7 +248,7 @@ def compress(
 def decompress(
     archive: Archive,
     destination: Annotated[str, typer.Argument(metavar="DST", help="Where the plain zarr volume goes.")],
-    workers: Workers = 1,
+    workers: Workers = None,
     worker_cpus: WorkerCpus = None,
     serial: Serial = False,
     endpoint_url: Endpoint = None,
