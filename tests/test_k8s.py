@@ -226,6 +226,20 @@ def test_gpus_are_asked_for_where_the_commands_use_them(kustomization: str) -> N
 
 @needs_kubectl
 @pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_a_worker_takes_one_core_where_chunks_are_coded_on_processors(kustomization: str) -> None:
+    for name, cluster in clusters(kustomization):
+        if name == "ucray-gateway":
+            continue
+        (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+        (asked,) = (e["value"] for e in head["env"] if e["name"] == "UCRAY_WORKER_CPUS")
+        (encode,) = (group for group in cluster["workerGroupSpecs"] if group["groupName"] == "encode")
+        limits = encode["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert float(asked) <= float(limits["cpu"])
+        assert (float(asked) == 1.0) is (name != "ucray-train" and "nvidia.com/gpu" not in limits), name
+
+
+@needs_kubectl
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
 def test_entrypoints_are_commands_of_this_version(kustomization: str) -> None:
     commands = typer.main.get_command(app)
     for job in of_kind(kustomization, "RayJob"):
