@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController
 
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.encoder import ChunkEncoder
@@ -46,6 +47,36 @@ def test_threads_that_never_computed_before_are_left_as_they_would_be() -> None:
     with one_thread(CPU), ThreadPoolExecutor(1) as pool:
         # Only the thread that asked is limited.
         assert pool.submit(torch.get_num_threads).result() == 3
+
+
+def algebra() -> int:
+    """Threads of numpy's own library; scipy has another."""
+    libraries = ThreadpoolController().select(user_api="blas").info()
+    (found,) = (library for library in libraries if "numpy.libs" in library["filepath"])
+    return int(found["num_threads"])
+
+
+def test_numpy_s_algebra_is_limited_and_given_back() -> None:
+    before = algebra()
+    with one_thread(torch.device("cuda")):
+        assert algebra() == 1
+        with one_thread(CPU):
+            assert algebra() == 1
+        assert algebra() == 1
+    assert algebra() == before
+
+
+def test_chunks_side_by_side_leave_numpy_s_algebra_as_it_was() -> None:
+    before = algebra()
+    with ThreadPoolExecutor(1) as pool:
+        other = one_thread(CPU)
+        with one_thread(CPU):
+            pool.submit(other.__enter__).result()
+        # Whoever goes last does not bring the other's limit back.
+        pool.submit(other.__exit__, None, None, None).result()
+        assert algebra() == before
+        pool.submit(inside_and_after).result()
+    assert algebra() == before
 
 
 def test_the_networks_of_a_chunk_see_one_thread(

@@ -79,11 +79,12 @@ class ChunkDecoder:
         """Voxels of several chunks; as `decode` otherwise."""
         places = origins if origins is not None else [None] * len(data)
         wanted = list(zip(data, places, strict=True))
-        return [
-            voxels
-            for start in range(0, len(wanted), GROUP)
-            for voxels in self._group(wanted[start : start + GROUP])
-        ]
+        with one_thread(self._device):
+            return [
+                voxels
+                for start in range(0, len(wanted), GROUP)
+                for voxels in self._group(wanted[start : start + GROUP])
+            ]
 
     def _group(self, wanted: Sequence[tuple[bytes, Shape3 | None]]) -> Iterator[Voxels]:
         parsed = [self._parsed(*one) for one in wanted]
@@ -140,14 +141,17 @@ class ChunkDecoder:
 
     def reconstruct(self, coded: Sequence[CodedLatents]) -> list[Voxels]:
         """The networks' half of decoding: integers to voxels, before fill is put back."""
-        return [voxels for batch in batches(coded, self._device) for voxels in self._reconstructed(*batch)]
+        with one_thread(self._device):
+            return [
+                voxels for batch in batches(coded, self._device) for voxels in self._reconstructed(*batch)
+            ]
 
     def _reconstructed(self, full: Sequence[CodedLatents], wanted: int) -> list[Voxels]:
         context = self._stream.context
         y_hat = np.stack([one.latents.astype(np.float32) for one in full]) * context.unit
         prior = np.stack([context.vectors(one.codes).astype(np.float32) for one in full]) / FEATURE_UNITS
         quality = torch.tensor([float(one.quality) for one in full], device=self._device)
-        with torch.inference_mode(), one_thread(self._device):
+        with torch.inference_mode():
             latents = torch.from_numpy(y_hat).to(self._device).permute(0, 4, 1, 2, 3)
             side = torch.from_numpy(prior.astype(np.float32)).to(self._device).permute(0, 4, 1, 2, 3)
             x_hat = self._synthesis(latents, side, quality)

@@ -117,11 +117,12 @@ class ChunkEncoder:
 
     def latents(self, chunks: Sequence[Voxels], qualities: Sequence[int]) -> list[Latents]:
         """Run the analysis on chunks (z, y, x), cut off by the volume's end or not, each at its quality."""
-        return [
-            latents
-            for batch in batches(list(zip(chunks, qualities, strict=True)), self._device)
-            for latents in self._latents_of(*batch)
-        ]
+        with one_thread(self._device):
+            return [
+                latents
+                for batch in batches(list(zip(chunks, qualities, strict=True)), self._device)
+                for latents in self._latents_of(*batch)
+            ]
 
     def _latents_of(self, full: Sequence[tuple[Voxels, int]], wanted: int) -> list[Latents]:
         padded = np.stack([self._padded(voxels) for voxels, _ in full])[:, None]
@@ -130,7 +131,7 @@ class ChunkEncoder:
         with np.errstate(over="ignore"):
             values = padded.astype(np.float32) - np.float32(self.format.offset)
             values /= np.float32(self.format.scale)
-        with torch.inference_mode(), one_thread(self._device):
+        with torch.inference_mode():
             x = inpaint(torch.from_numpy(values).to(self._device), mask.to(self._device))
             qualities = torch.tensor([float(quality) for _, quality in full], device=self._device)
             y, z = self._analysis(channels_last(x), qualities)
@@ -165,6 +166,10 @@ class ChunkEncoder:
 
     def drafts_at(self, prepared: Sequence[Prepared], quality: int) -> list[Draft | None]:
         """Drafts of prepared chunks at a quality of the volume, with their errors."""
+        with one_thread(self._device):
+            return self._drafts_at(prepared, quality)
+
+    def _drafts_at(self, prepared: Sequence[Prepared], quality: int) -> list[Draft | None]:
         found = [one.draft for one in prepared]
         neural = [i for i, one in enumerate(prepared) if one.neural]
         latents = self._latents_at([prepared[i] for i in neural], quality)
@@ -181,6 +186,10 @@ class ChunkEncoder:
 
     def size_at(self, prepared: Sequence[Prepared], quality: int) -> int:
         """Bytes that prepared chunks take at a quality, without decoding them."""
+        with one_thread(self._device):
+            return self._size_at(prepared, quality)
+
+    def _size_at(self, prepared: Sequence[Prepared], quality: int) -> int:
         latents = iter(self._latents_at([one for one in prepared if one.neural], quality))
         size = 0
         for one in prepared:

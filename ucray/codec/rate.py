@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from ucray.config import QUALITIES
@@ -26,25 +27,40 @@ LARGEST_THRESHOLD = 0.98
 def finest_within(size_at: Callable[[int], float], target: float) -> int:
     """The highest quality whose size is at most `target`; quality 0 if none is.
 
-    `size_at` grows with quality, so the search halves the range: eight calls at most.
+    `size_at` grows with quality, nearly by the same share a step.
     """
-    low, high = 0, QUALITIES - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if size_at(middle) <= target:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return _last_within(lambda quality: math.log(size_at(quality)), math.log(target))
 
 
 def coarsest_reaching(psnr_at: Callable[[int], float], target: float) -> int:
-    """The lowest quality whose PSNR is at least `target`; the highest quality if none is."""
-    low, high = 0, QUALITIES - 1
-    while low < high:
-        middle = (low + high) // 2
-        if psnr_at(middle) >= target:
-            high = middle
+    """The lowest quality whose PSNR is at least `target`; the highest quality if none is.
+
+    `psnr_at` grows with quality, nearly in a line.
+    """
+    reached = _last_within(lambda quality: -psnr_at(QUALITIES - 1 - quality), -target)
+    return QUALITIES - 1 - reached
+
+
+def _last_within(value_at: Callable[[int], float], limit: float) -> int:
+    """The last quality whose value is at most `limit`, of values that grow nearly in a line; 0 if none is.
+
+    The method of false position, as Dowell and Jarratt's Illinois variant has it: where one end stays twice,
+    its distance from the limit counts half, so that a bend does not make it slow.
+    """
+    below, above = value_at(0) - limit, math.inf
+    if below > 0.0:
+        return 0
+    low, high, stayed = 0, QUALITIES, 0
+    while high - low > 1:
+        share = -below / (above - below) if math.isfinite(above - below) else 0.5
+        middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
+        distance = value_at(middle) - limit
+        if distance <= 0.0:
+            low, below = middle, distance
+            above /= 2.0 if stayed < 0 else 1.0
+            stayed = -1
         else:
-            low = middle + 1
+            high, above = middle, distance
+            below /= 2.0 if stayed > 0 else 1.0
+            stayed = 1
     return low

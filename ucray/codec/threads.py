@@ -1,8 +1,8 @@
-"""Threads of the networks on a processor: one a chunk, chunks side by side."""
+"""Threads of a chunk's arithmetic: one, with chunks side by side."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
@@ -10,20 +10,20 @@ from threadpoolctl import ThreadpoolController
 
 
 def one_thread(device: torch.device) -> AbstractContextManager[object]:
-    """Compute with one thread on a processor while the block runs; a GPU is left alone.
+    """Compute with one thread on the processor while the block runs; blocks may nest and run side by side.
 
-    The networks are too small to share out: threads that wait for each other, and for those of numpy's
-    linear algebra in between, take longer than they save. This holds for the calling thread alone, so what
-    else the process computes, and other chunks in other threads, go on as they were.
+    A chunk is too small to share out: threads of torch and of numpy's linear algebra that wait for each
+    other, or for a core that something else has, take longer than they save. Torch's are limited for the
+    calling thread alone, and not where a GPU computes. Those of numpy, which has one number for the whole
+    process, are limited by one of the threads that ask at a time.
     """
-    if device.type != "cpu":
-        return nullcontext()
     # Torch sets a thread's number when it is first asked there, which must not come after the limit.
     torch.get_num_threads()
-    limit: AbstractContextManager[object] = _openmp().limit(limits=1)
+    apis = ("blas", "openmp") if device.type == "cpu" else ("blas",)
+    limit: AbstractContextManager[object] = _libraries(apis).limit(limits=1)
     return limit
 
 
 @cache
-def _openmp() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="openmp")
+def _libraries(apis: tuple[str, ...]) -> ThreadpoolController:
+    return ThreadpoolController().select(user_api=list(apis))
