@@ -19,7 +19,17 @@ from typer.testing import CliRunner
 
 from ucray.bench.choice import choose, losses
 from ucray.bench.outlines import Panel
-from ucray.bench.task import MEMBRANES, ORIGINAL, Labelled, Score, Traced, labelled, run_task
+from ucray.bench.peers import PEERS
+from ucray.bench.task import (
+    MEMBRANES,
+    ORIGINAL,
+    Labelled,
+    Score,
+    Traced,
+    coarsest_within,
+    labelled,
+    run_task,
+)
 from ucray.bench.task_report import task_to_markdown
 from ucray.bench.tissue import Tracer, f1, information, merged, rand_error
 from ucray.cli import app
@@ -199,6 +209,29 @@ def test_outlines_of_thick_sections_are_found_section_by_section() -> None:
     assert flat[:, :, 3:5].all()
     assert not flat[:, :, :3].any()
     assert labelled(labels.astype(np.uint8), labels, [], flat=False).membrane.all()
+
+
+@pytest.mark.parametrize("settings", [(4.0, 12.0, 40.0), (90.0, 40.0, 10.0, 1.0)])
+@pytest.mark.parametrize("resolution", [1.0, 0.25])
+def test_a_peer_s_setting_is_the_last_that_spends_enough(
+    settings: tuple[float, ...], resolution: float
+) -> None:
+    peer = dataclasses.replace(PEERS["jpeg"], settings=settings, resolution=resolution)
+    coarser = math.copysign(resolution, settings[-1] - settings[0])
+
+    def ratio(setting: float) -> float:
+        return 2.0 + abs(setting - settings[0])
+
+    for wanted in np.linspace(2.0, ratio(settings[-1]) - 1e-6, 97):
+        found = coarsest_within(peer, ratio, float(wanted))
+        assert found is not None
+        assert (found - settings[0]) % resolution == 0.0
+        assert ratio(found) <= wanted < ratio(found + coarser)
+    assert coarsest_within(peer, ratio, 1.9) is None
+    assert coarsest_within(peer, ratio, ratio(settings[-1]) + 1.0) is None
+    # A codec that has no settings but these.
+    rough = dataclasses.replace(peer, resolution=math.inf)
+    assert coarsest_within(rough, ratio, ratio(settings[1]) + 0.5) == settings[1]
 
 
 def test_what_cannot_be_measured_is_named_and_the_rest_keeps_its_rows(known: Labelled) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,8 @@ class Peer:
         Chunks that stand for all, where coding all would take hours; 0 for all.
     by_ratio
         The setting is the ratio: those beyond the ratios asked for are not tried.
+    resolution
+        Between two of its settings the codec knows others, in steps of so much.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Peer:
     decode: Callable[[bytes, Shape3], Bytes3]
     sampled: int = 0
     by_ratio: bool = False
+    resolution: float = 1.0
 
 
 def _lazily(
@@ -52,7 +56,7 @@ def _lazily(
     return lambda volume, setting: make()[0](volume, setting), lambda data, shape: make()[1](data, shape)
 
 
-def _video(name: str, encoder: str, settings: tuple[int, ...], cut: str) -> Peer:
+def _video(name: str, encoder: str, settings: tuple[int, ...], cut: str, resolution: float = 1.0) -> Peer:
     return Peer(
         name,
         cut,
@@ -61,6 +65,7 @@ def _video(name: str, encoder: str, settings: tuple[int, ...], cut: str) -> Peer
         partial(video.missing, encoder),
         lambda volume, crf: video.encode(volume, encoder, crf),
         lambda data, shape: video.decode(data, encoder, shape),
+        resolution=resolution,
     )
 
 
@@ -71,8 +76,8 @@ def _picture(name: str, library: str, make: Callable[[], tuple[pictures.Encode, 
 
 
 PEERS: dict[str, Peer] = {
-    "x265": _video("x265 slow", "libx265", CRF_265, "volume"),
-    "x265-chunks": _video("x265 slow, chunks", "libx265", CRF_265[2:], "chunks"),
+    "x265": _video("x265 slow", "libx265", CRF_265, "volume", 0.25),
+    "x265-chunks": _video("x265 slow, chunks", "libx265", CRF_265[2:], "chunks", 0.25),
     "av1": _video("SVT-AV1 preset 4", "libsvtav1", CRF_AV1, "volume"),
     "av1-chunks": _video("SVT-AV1 preset 4, chunks", "libsvtav1", CRF_AV1[2:], "chunks"),
     "jpegxl": _picture("JPEG XL effort 7", "JPEGXL", pictures.jpeg_xl, (1.5, 3, 5, 8, 12, 17, 25)),
@@ -85,7 +90,7 @@ PEERS: dict[str, Peer] = {
     "sz3": _picture("SZ3", "SZ3", pictures.sz3, (6, 12, 20, 30, 45, 70), "volume"),
     "siren": Peer(
         f"SIREN, {siren.STEPS} steps", "chunks", (16, 64, 256), "all", lambda: None,
-        siren.encode, siren.decode, sampled=1, by_ratio=True,
+        siren.encode, siren.decode, sampled=1, by_ratio=True, resolution=math.inf,
     ),
 }  # fmt: skip
 """Every peer, whether it is installed here or not."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -135,7 +136,8 @@ def run_task(
 ) -> Traced:
     """Learn on one half along y, code the other with every codec, and trace in what comes back.
 
-    A peer is taken at its coarsest setting that spends no fewer bytes than `ratios` ask for.
+    A peer is taken at its coarsest setting that spends no fewer bytes than `ratios` ask for, and that is
+    looked for between those of the benchmark.
 
     Raises
     ------
@@ -213,18 +215,41 @@ def _peer(
     samples = Samples.of(volume)
     shape = triple(iter(volume.shape))
     boxes = list(blocks(shape, chunk if peer.cut == "chunks" else shape))
-    coded = {}
-    for setting in peer.settings:
+
+    @cache
+    def coded(setting: float) -> tuple[list[bytes], float]:
         parts = [peer.encode(np.ascontiguousarray(samples.values[box.slices]), setting) for box in boxes]
-        coded[volume.nbytes / sum(map(len, parts))] = parts
-        if max(coded) > max(ratios):
-            break
+        return parts, volume.nbytes / sum(map(len, parts))
+
     for wanted in ratios:
-        if (within := [ratio for ratio in coded if ratio <= wanted]) and max(coded) >= wanted:
-            decoded = np.empty_like(samples.values)
-            for box, data in zip(boxes, coded[max(within)], strict=True):
-                decoded[box.slices] = peer.decode(data, triple(iter(box.shape)))
-            yield wanted, max(within), samples.back(decoded)
+        setting = coarsest_within(peer, lambda setting: coded(setting)[1], wanted)
+        if setting is None:
+            continue
+        decoded = np.empty_like(samples.values)
+        parts, ratio = coded(setting)
+        for box, data in zip(boxes, parts, strict=True):
+            decoded[box.slices] = peer.decode(data, triple(iter(box.shape)))
+        yield wanted, ratio, samples.back(decoded)
+
+
+def coarsest_within(peer: Peer, ratio_at: Callable[[float], float], wanted: float) -> float | None:
+    """The coarsest setting of a peer whose ratio is at most `wanted`; None where all are on one side."""
+    fine = None
+    for coarse in peer.settings:
+        if ratio_at(coarse) > wanted:
+            break
+        fine = coarse
+    else:
+        return None
+    if fine is None:
+        return None
+    while (steps := round(abs(coarse - fine) / peer.resolution)) > 1:
+        middle = fine + math.copysign(steps // 2 * peer.resolution, coarse - fine)
+        if ratio_at(middle) <= wanted:
+            fine = middle
+        else:
+            coarse = middle
+    return fine
 
 
 @dataclass(frozen=True)
