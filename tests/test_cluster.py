@@ -718,14 +718,16 @@ def test_a_worker_asks_for_the_cores_it_is_said_to_take(cpus: float, threads: in
 def test_workers_that_code_fill_the_cores_there_are(
     nodes: list[tuple[float, float]], workers: int | None, cpus: float | None, expected: tuple[int, float]
 ) -> None:
-    found = shared_out(nodes, workers, 2 * 10**9, cpus)
+    found = shared_out(nodes, workers, 10**6, 2 * 10**9, cpus)
     assert (found.count, found.per_worker) == (expected[0], {"CPU": expected[1]})
+    # No worker is started that no shard is left for.
+    assert shared_out(nodes, workers, 2, 2 * 10**9, cpus).count == min(2, expected[0])
 
 
 def test_without_a_word_of_workers_each_core_has_one(
     source: str, weights_file: str, tmp_path: Path, ray_running: None
 ) -> None:
-    count = coders(None, OPTIONS.memory // 8).count
+    count = coders(None, 10**6, OPTIONS.memory // 8).count
     assert count == int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
     _serial(source, tmp_path / "serial", weights_file)
     ucray.compress(source, str(tmp_path / "ray"), OPTIONS, weights=weights_file)

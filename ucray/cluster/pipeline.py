@@ -98,6 +98,7 @@ def on_ray(
     with ray_session():
         workers = coders(
             options.encode_workers,
+            len(missing),
             plan.peak_memory,
             use_gpu=options.device == "cuda",
             cpus=options.worker_cpus,

@@ -45,7 +45,7 @@ def over_shards(
             yield worker.shard(index)
         return
     with ray_session():
-        found = coders(workers, memory, cpus=worker_cpus)
+        found = coders(workers, len(indices), memory, cpus=worker_cpus)
         keys = [{"key": ".".join(map(str, index))} for index in indices]
         rows = ray.data.from_items(keys, override_num_blocks=min(len(keys), TASKS)).map_batches(
             _Rows,

@@ -104,31 +104,33 @@ class Coders:
     per_worker: dict[str, float]
 
 
-def coders(workers: int | None, memory: int, *, use_gpu: bool = False, cpus: float | None = None) -> Coders:
-    """Workers for a job on the nodes there are; one for each core, or GPU, if `workers` is None.
+def coders(
+    workers: int | None, shards: int, memory: int, *, use_gpu: bool = False, cpus: float | None = None
+) -> Coders:
+    """Workers for a job of so many shards on the nodes there are; no more than it has shards.
 
-    On a processor a worker computes with one thread, as its chunks do. None is then as many as the nodes have
-    room for where each takes `memory` bytes. Unless `cpus` says otherwise each asks for a core, or for less
-    where no core of a node would stay free for reading and writing.
+    None is one for each core, or GPU. On a processor a worker computes with one thread, as its chunks do;
+    None is then as many as the nodes have room for where each takes `memory` bytes. Unless `cpus` says
+    otherwise each asks for a core, or for less where no core of a node would stay free to read and write.
     """
     nodes = [node["Resources"] for node in _nodes() if node["Alive"]]
     if use_gpu:
-        count = workers or int(sum(node.get("GPU", 0.0) for node in nodes))
-        return Coders(max(1, count), resources(max(1, count), use_gpu=True, cpus=cpus).per_worker)
-    return shared_out(
-        [(node.get("CPU", 0.0), node.get("memory", 0.0)) for node in nodes], workers, memory, cpus
-    )
+        count = workers or max(1, int(sum(node.get("GPU", 0.0) for node in nodes)))
+        count = min(count, shards)
+        return Coders(count, resources(count, use_gpu=True, cpus=cpus).per_worker)
+    rooms = [(node.get("CPU", 0.0), node.get("memory", 0.0)) for node in nodes]
+    return shared_out(rooms, workers, shards, memory, cpus)
 
 
 def shared_out(
-    nodes: Sequence[tuple[float, float]], workers: int | None, memory: int, cpus: float | None
+    nodes: Sequence[tuple[float, float]], workers: int | None, shards: int, memory: int, cpus: float | None
 ) -> Coders:
     """Workers on processors, for nodes of so many cores and bytes of memory; see `coders`."""
     usable = [node for node in nodes if node[0] >= 1.0] or [(1.0, float(memory))]
     # A worker that is said to take several cores takes its node's share of them.
     taken = max(1.0, cpus or 1.0)
     fitting = [max(1, int(min(cores // taken, room // memory))) for cores, room in usable]
-    count = workers or sum(fitting)
+    count = min(workers or sum(fitting), shards)
     if cpus is not None:
         return Coders(count, {"CPU": cpus})
     free = min(cores for cores, _ in usable) - 1.0
