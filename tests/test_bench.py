@@ -273,7 +273,7 @@ def test_the_command_times_a_job_against_the_bare_loop(tmp_path: Path, tiny_weig
     # The archive that it wrote is gone.
     assert [path.name for path in out.iterdir()] == ["pipeline.md"]
     few = run(app, [*common, "--weights", str(weights), "--roi", "0:64,0:64,0:256"])
-    assert "single shard" in str(few.exception)
+    assert "1 shards" in str(few.exception)
     assert "give --weights" in str(run(app, common).exception)
     assert run(app, [*common, "--weights", str(weights), "--device", "cpu"]).exit_code == 2
 

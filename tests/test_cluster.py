@@ -707,12 +707,15 @@ def test_a_worker_asks_for_the_cores_it_is_said_to_take(cpus: float, threads: in
         ([(16.0, 64e9)], None, None, (16, 0.93)),
         ([(16.0, 64e9)], 8, None, (8, 1.0)),
         ([(16.0, 64e9)] * 4, 32, None, (32, 1.0)),
-        # As many as there is room for, one at least; a head without cores takes none.
-        ([(0.0, 8e9), (16.0, 9e9), (64.0, 1e9)], None, None, (5, 1.0)),
+        ([(2.0, 16e9)], 4, None, (4, 0.25)),
+        # No more on a node than there is memory for; a head without cores takes none.
+        ([(0.0, 8e9), (16.0, 9e9), (16.0, 9e9)], None, None, (6, 4.0)),
+        ([(2.0, 1e9)], None, None, (1, 1.0)),
         # Nodes that are to come are not asked.
         ([], None, None, (1, 0.5)),
         ([(0.0, 8e9)], 32, 1.0, (32, 1.0)),
-        ([(16.0, 64e9)], None, 4.0, (4, 4.0)),
+        ([(16.0, 64e9)], None, 4.0, (3, 4.0)),
+        ([(2.0, 16e9)], None, 1.0, (1, 1.0)),
     ],
 )
 def test_workers_that_code_fill_the_cores_there_are(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import zarr
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -80,8 +80,22 @@ def test_a_coarser_map_is_read_as_one_of_the_volume_s_size(
     for axis, times in enumerate(factor):
         fine = fine.repeat(times, axis=axis)
     box = Box(start, (23, 27, 31))
-    found = ImportanceMap.open(str(place), shape, (4, 8, 8), None).cells(box)
+    opened = ImportanceMap.open(str(place), shape, (4, 8, 8), None)
+    # An axis this short fits several factors, and one that fits all axes is taken before others.
+    assume(opened.factor == factor)
+    found = opened.cells(box)
     np.testing.assert_allclose(found, cell_means(fine[box.slices], (4, 8, 8)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [2, 5, 8, 31, 32, 33, 64])
+@pytest.mark.parametrize("covers", [True, False])
+def test_a_map_of_one_factor_is_read_by_it(factor: int, covers: bool, tmp_path: Path) -> None:
+    """Whether it covers the volume's end or stops short of it, and whatever else its axes would fit."""
+    shape = (2047, 929, 1536)
+    lengths = tuple(-(-n // factor) if covers else n // factor for n in shape)
+    zarr.create_array(tmp_path / "map.zarr", shape=lengths, chunks=lengths, dtype=np.uint8)
+    found = ImportanceMap.open(str(tmp_path / "map.zarr"), shape, (8, 8, 8), None)
+    assert found.factor == (factor, factor, factor)
 
 
 def test_bits_of_a_chunk_go_where_it_weighs_more(

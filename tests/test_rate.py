@@ -14,6 +14,9 @@ from ucray.config import QUALITIES
 
 Curve = Callable[[int], float]
 
+MOST_LOOKS = 1 + 3 * 8
+"""Three halve the range at least, of 256 qualities; one is for the coarsest."""
+
 
 class Looks:
     """A curve that counts how often it is asked."""
@@ -28,14 +31,21 @@ class Looks:
         return self._curve(quality)
 
 
-steps = st.lists(st.floats(0.0, 9.0), min_size=QUALITIES, max_size=QUALITIES)
+steps = st.one_of(
+    st.lists(st.floats(0.0, 9.0), min_size=QUALITIES, max_size=QUALITIES),
+    # Nothing but one jump, and what grows ever faster.
+    st.integers(0, QUALITIES - 1).map(lambda place: [1e3 * (n == place) for n in range(QUALITIES)]),
+    st.floats(1.0, 1.1).map(lambda growth: [growth**n for n in range(QUALITIES)]),
+)
 
 
 @given(steps, st.floats(0.0, 1.0))
 def test_it_is_the_highest_quality_within_a_size(steps: list[float], place: float) -> None:
     sizes = 1.0 + np.cumsum(steps)
     target = float(sizes[0] / 2 + place * sizes[-1])
-    found = finest_within(lambda quality: float(sizes[quality]), target)
+    looks = Looks(lambda quality: float(sizes[quality]))
+    found = finest_within(looks, target)
+    assert looks.count <= MOST_LOOKS
     within = np.flatnonzero(np.log(sizes) <= math.log(target))
     assert found == (within[-1] if len(within) else 0)
 
@@ -48,7 +58,9 @@ def test_it_is_the_lowest_quality_that_reaches_a_psnr(steps: list[float], place:
     psnrs[finite:] = math.inf
     reaching = np.flatnonzero(psnrs >= target)
     expected = reaching[0] if len(reaching) else QUALITIES - 1
-    assert coarsest_reaching(lambda quality: float(psnrs[quality]), target) == expected
+    looks = Looks(lambda quality: float(psnrs[quality]))
+    assert coarsest_reaching(looks, target) == expected
+    assert looks.count <= MOST_LOOKS
 
 
 @given(st.floats(-1.0, 1.0), st.floats(0.1, 0.9))

@@ -33,9 +33,9 @@ from ucray.bench.task import (
 from ucray.bench.task_report import task_to_markdown
 from ucray.bench.tissue import Tracer, f1, information, merged, rand_error
 from ucray.cli import app
-from ucray.cluster import benchmark
+from ucray.cluster import tracing
 from ucray.codec.shipped import shipped_weights
-from ucray.errors import SettingsError
+from ucray.errors import DestinationError, SettingsError
 
 SHAPE = (48, 128, 64)
 
@@ -133,7 +133,7 @@ def test_codecs_are_compared_with_the_original(known: Labelled) -> None:
         data_range=255.0,
     )
     scores = traced.scores
-    assert traced.missing == {"jpegxl at 128": "no setting reaches so far"}
+    assert traced.missing == {"jpegxl at 128": "no setting is so fine, or none so coarse"}
     by_name = {(s.codec, s.wanted, s.figure): s for s in scores}
     for figure in ("f1", "vi_split", "vi_merge", "rand_error"):
         (original,) = (s for s in scores if (s.codec, s.figure) == (ORIGINAL, figure))
@@ -228,6 +228,7 @@ def test_a_peer_s_setting_is_the_last_that_spends_enough(
         assert (found - settings[0]) % resolution == 0.0
         assert ratio(found) <= wanted < ratio(found + coarser)
     assert coarsest_within(peer, ratio, 1.9) is None
+    assert coarsest_within(peer, ratio, ratio(settings[-1])) == settings[-1]
     assert coarsest_within(peer, ratio, ratio(settings[-1]) + 1.0) is None
     # A codec that has no settings but these.
     rough = dataclasses.replace(peer, resolution=math.inf)
@@ -348,8 +349,13 @@ def test_the_largest_ratio_before_more_is_lost_is_chosen(figures: dict[str, floa
     by_ratio = {one.wanted: one.percent for one in choice.losses if one.codec == "ucray"}
     assert by_ratio == pytest.approx({ratio: 100 * loss for ratio, loss in ours.items()})
     assert choose(traced, 3.5).ratio == 128.0
-    with pytest.raises(SettingsError, match=r"at a ratio of 8 ucray loses -1\.0 %"):
-        choose(traced, -2.0)
+    assert choose(traced, -2.0).ratio == 0.0
+    # Where the coarsest quality gives 100, 128 is not reached, whatever is lost there.
+    short = [
+        dataclasses.replace(score, ratio=100.0) if (score.codec, score.wanted) == ("ucray", 128.0) else score
+        for score in traced.scores
+    ]
+    assert choose(dataclasses.replace(traced, scores=tuple(short)), 3.5).ratio == 64.0
 
 
 def test_the_worse_of_two_figures_counts() -> None:
@@ -377,7 +383,7 @@ def test_a_plan_takes_the_ratio_that_keeps_a_segmentation(
     """The region that is traced has labels of its own; what is planned is the whole volume."""
     # A few of the ratios that are tried: each takes seconds.
     swept = (8.0, 64.0, 500.0)
-    monkeypatch.setattr(benchmark, "SWEPT", swept)
+    monkeypatch.setattr(tracing, "SWEPT", swept)
     voxels, labels = cells(1)
     volume = np.concatenate([voxels, voxels])
     zarr.create_array(tmp_path / "em.zarr", data=volume)
@@ -404,11 +410,27 @@ def test_a_plan_takes_the_ratio_that_keeps_a_segmentation(
     ("arguments", "message"),
     [
         (["--max-seg-loss", "2"], "go together"),
+        (["--curve", "curve.png"], "go with --max-seg-loss"),
+        (["--membrane", "3"], "go with --max-seg-loss"),
         (["--max-seg-loss", "2", "--labels", "L", "--psnr", "30"], "give no other target"),
         (["--max-seg-loss", "2", "--labels", "LABELS", "--curve", "NOWHERE"], "there is no folder"),
         (["--max-seg-loss", "2", "--labels", "LABELS", "--roi", "0:9,0:9,0:9"], "--labels has shape"),
     ],
 )
+def test_a_loss_that_no_ratio_keeps_is_refused_with_the_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = scores_of({"ucray": {8.0: 0.03, 16.0: 0.05}}, NEURONS)
+    monkeypatch.setattr(tracing.Tracing, "run", lambda *arguments: (scores, "title"))
+    curve = tmp_path / "curve.png"
+    with pytest.raises(SettingsError, match=r"at a ratio of 8 ucray loses 3\.0 %; .*curve.png has the curve"):
+        tracing.choose_ratio(tracing.Tracing("S", "L"), None, 2.0, str(curve))
+    with Image.open(curve) as picture:
+        assert picture.size[0] > 500
+    with pytest.raises(DestinationError, match="--curve"):
+        tracing.choose_ratio(tracing.Tracing("S", "L"), None, 2.0, str(tmp_path))
+
+
 def test_choices_that_cannot_be_made_are_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
     voxels, labels = cells(4)
     zarr.create_array(tmp_path / "em.zarr", data=voxels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -67,13 +68,22 @@ def test_numpy_s_algebra_is_limited_and_given_back() -> None:
 
 
 def test_chunks_side_by_side_leave_numpy_s_algebra_as_it_was() -> None:
+    """Whoever goes last must not bring the other's limit back."""
     before = algebra()
-    with ThreadPoolExecutor(1) as pool:
-        other = one_thread(CPU)
+    entered, leave = Event(), Event()
+
+    def other() -> None:
         with one_thread(CPU):
-            pool.submit(other.__enter__).result()
-        # Whoever goes last does not bring the other's limit back.
-        pool.submit(other.__exit__, None, None, None).result()
+            entered.set()
+            leave.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        with one_thread(CPU):
+            working = pool.submit(other)
+            entered.wait()
+            assert algebra() == 1
+        leave.set()
+        working.result()
         assert algebra() == before
         pool.submit(inside_and_after).result()
     assert algebra() == before

@@ -26,13 +26,19 @@ Select = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Serial = Annotated[bool, typer.Option(help="Work in this process, without Ray.")]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Workers that code; by default one for each core, or GPU.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Workers that code or decode; by default one for each core, or GPU, and no more than there is "
+        "memory for.",
+    ),
 ]
 WorkerCpus = Annotated[
     float | None,
     typer.Option(
         min=0.1,
-        help="Cores that a worker asks for; by default the nodes' are shared out.",
+        help="Cores that a worker asks for; by default one, less where no other would stay free, "
+        "and in training and beside GPUs the nodes' are shared out.",
         envvar="UCRAY_WORKER_CPUS",
     ),
 ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ucray.bench.run import STUDENT
 from ucray.bench.task import ORIGINAL, Score, Traced
-from ucray.errors import SettingsError
+
+SHORT = 1.2
+"""By what factor the ratio of a setting may fall short of what was asked for: settings lie that far apart."""
 
 NOTHING = 1e-3
 """An original's figure is not taken for smaller when changes are set against it."""
@@ -33,7 +34,8 @@ class Loss:
 class Choice:
     """The ratio that was chosen, the curve it was chosen from, and who is as good and simpler.
 
-    `simpler` are other codecs that keep the loss up to a ratio as large, with that ratio.
+    `simpler` are other codecs that keep the loss up to a ratio as large, with that ratio. `ratio` is 0 where
+    more is lost at the smallest already.
     """
 
     ratio: float
@@ -53,21 +55,10 @@ def losses(scores: Sequence[Score]) -> list[Loss]:
 
 
 def choose(traced: Traced, percent: float) -> Choice:
-    """The largest ratio up to which ucray loses at most `percent` at every ratio that was tried.
-
-    Raises
-    ------
-    SettingsError
-        If it loses more at the smallest already.
-    """
+    """The largest ratio up to which ucray loses at most `percent` at every ratio that was tried."""
     found = losses(traced.scores)
     reached = {codec: _reached(found, codec, percent) for codec in dict.fromkeys(one.codec for one in found)}
     ours = reached.get(STUDENT, 0.0)
-    if ours == 0.0:
-        first = min((one for one in found if one.codec == STUDENT), key=lambda one: one.wanted)
-        raise SettingsError(
-            f"--max-seg-loss {percent:g}: at a ratio of {first.wanted:g} ucray loses {first.percent:.1f} %"
-        )
     simpler = {codec: ratio for codec, ratio in reached.items() if codec != STUDENT and ratio >= ours}
     return Choice(ours, tuple(found), simpler, traced.missing)
 
@@ -84,7 +75,8 @@ def draw_choice(choice: Choice, percent: float, file: Path, title: str) -> None:
         curve = sorted((one for one in choice.losses if one.codec == codec), key=lambda one: one.ratio)
         axis.plot([one.ratio for one in curve], [one.percent for one in curve], marker="o", label=codec)
     axis.axhline(percent, color="black", linestyle=":", label=f"{percent:g} % allowed")
-    axis.axvline(choice.ratio, color="grey", linewidth=1, label=f"chosen: ratio {choice.ratio:g}")
+    if choice.ratio:
+        axis.axvline(choice.ratio, color="grey", linewidth=1, label=f"chosen: ratio {choice.ratio:g}")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel("ratio")
@@ -110,7 +102,8 @@ def _reached(found: Sequence[Loss], codec: str, percent: float) -> float:
     """The last ratio before a codec first loses more; 0 where it does so at once, or was not measured."""
     reached = 0.0
     for one in sorted((one for one in found if one.codec == codec), key=lambda one: one.wanted):
-        if not (math.isfinite(one.percent) and one.percent <= percent):
+        # Nor is a ratio reached that a codec's coarsest setting falls short of.
+        if not one.percent <= percent or one.ratio * SHORT < one.wanted:
             break
         reached = one.wanted
     return reached

@@ -16,7 +16,6 @@ from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ucray.bench.samples import blocks
 from ucray.codec.allocator import keep_freed_memory
@@ -146,11 +145,7 @@ class _Worker:
     @classmethod
     def start(cls, volume: Volume, weights: bytes, chunk: ChunkFormat, ready: Barrier) -> None:
         """Begin a process, which has one core to itself."""
-        from threadpoolctl import threadpool_limits
-
         keep_freed_memory()
-        torch.set_num_threads(1)
-        threadpool_limits(1)
         cls.mine = cls(volume, Weights.from_bytes(weights), chunk)
         ready.wait()
 

@@ -70,9 +70,11 @@ def _video(name: str, encoder: str, settings: tuple[int, ...], cut: str, resolut
 
 
 def _picture(name: str, library: str, make: Callable[[], tuple[pictures.Encode, pictures.Decode]],
-             settings: tuple[float, ...], cut: str = "slices") -> Peer:  # fmt: skip
+             settings: tuple[float, ...], cut: str = "slices", resolution: float = 1.0) -> Peer:  # fmt: skip
     encode, decode = _lazily(make)
-    return Peer(name, cut, settings, "1", partial(pictures.missing, library), encode, decode)
+    return Peer(
+        name, cut, settings, "1", partial(pictures.missing, library), encode, decode, resolution=resolution
+    )
 
 
 PEERS: dict[str, Peer] = {
@@ -80,14 +82,16 @@ PEERS: dict[str, Peer] = {
     "x265-chunks": _video("x265 slow, chunks", "libx265", CRF_265[2:], "chunks", 0.25),
     "av1": _video("SVT-AV1 preset 4", "libsvtav1", CRF_AV1, "volume"),
     "av1-chunks": _video("SVT-AV1 preset 4, chunks", "libsvtav1", CRF_AV1[2:], "chunks"),
-    "jpegxl": _picture("JPEG XL effort 7", "JPEGXL", pictures.jpeg_xl, (1.5, 3, 5, 8, 12, 17, 25)),
+    "jpegxl": _picture(
+        "JPEG XL effort 7", "JPEGXL", pictures.jpeg_xl, (1.5, 3, 5, 8, 12, 17, 25), resolution=0.1
+    ),
     "jpeg2000": _picture("JPEG 2000", "JPEG2K", pictures.jpeg_2000, (36, 34, 32, 30, 28, 26)),
     "avif": Peer(
         "AVIF", "slices", (70, 55, 40, 28, 18, 8, 1), "all", pictures.missing_avif, *_lazily(pictures.avif)
     ),
     "jpeg": _picture("JPEG", "JPEG", pictures.jpeg, (75, 50, 25, 12, 6, 3)),
     "zfp": _picture("zfp", "ZFP", pictures.zfp, (16, 64, 128, 256, 512), "volume"),
-    "sz3": _picture("SZ3", "SZ3", pictures.sz3, (6, 12, 20, 30, 45, 70), "volume"),
+    "sz3": _picture("SZ3", "SZ3", pictures.sz3, (6, 12, 20, 30, 45, 70), "volume", 0.1),
     "siren": Peer(
         f"SIREN, {siren.STEPS} steps", "chunks", (16, 64, 256), "all", lambda: None,
         siren.encode, siren.decode, sampled=1, by_ratio=True, resolution=math.inf,

@@ -180,7 +180,7 @@ def run_task(
             panels.append(Panel.of(name, wanted, ratio, decoded, found.shown))
         reached = {score.wanted for score in scores if score.codec == name}
         if unreached := [f"{ratio:g}" for ratio in ratios if ratio not in reached]:
-            missing[f"{name} at {', '.join(unreached)}"] = "no setting reaches so far"
+            missing[f"{name} at {', '.join(unreached)}"] = "no setting is so fine, or none so coarse"
     return Traced(tuple(scores), missing, tuple(panels))
 
 
@@ -240,7 +240,7 @@ def coarsest_within(peer: Peer, ratio_at: Callable[[float], float], wanted: floa
             break
         fine = coarse
     else:
-        return None
+        return fine if fine is not None and ratio_at(fine) == wanted else None
     if fine is None:
         return None
     while (steps := round(abs(coarse - fine) / peer.resolution)) > 1:

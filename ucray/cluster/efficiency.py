@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -82,8 +83,9 @@ def measure_pipeline(
     loaded = load_weights(weights, connection.endpoint_url)
     chunk = default_chunk(loaded.config)
     shard = triple(CHUNKS * n for n in chunk)
-    if all(extent <= n for extent, n in zip(region.shape, shard, strict=True)):
-        raise SettingsError(f"{region} is a single shard; a speed takes several")
+    shards = math.prod(-(-extent // n) for extent, n in zip(region.shape, shard, strict=True))
+    if shards < max(2, PROCESSES):
+        raise SettingsError(f"{region} is {shards} shards; a speed takes several, and one a core at least")
     marks: list[tuple[float, float]] = []
 
     def note(event: Event) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import zarr
@@ -26,14 +26,12 @@ from ucray.config import DecoderSizes
 from ucray.errors import DestinationError, SettingsError
 from ucray.grid import Shape3, parse_box
 from ucray.quality import ErrorSum
-from ucray.settings import Settings, TrainingConfig
+from ucray.settings import TrainingConfig
 from ucray.storage.archive import open_archive
 from ucray.storage.importance import ImportanceMap
 from ucray.storage.objects import open_objects, open_writable_store, translated
 from ucray.storage.space import Space
 from ucray.synthetic import synthetic_volume
-
-Checked = TypeVar("Checked", bound=Settings)
 
 
 def synth(

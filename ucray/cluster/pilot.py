@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ucray.bench.pictures import JPEG_XL_EFFORT, missing
 from ucray.cluster.plan import CompressPlan, sample_chunk_boxes
-from ucray.cluster.rate import Measured, measure_volume, sample_importance
+from ucray.cluster.rate import Measured, chunk_importance, measure_volume
 from ucray.cluster.telemetry import Listener
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.decoder import ChunkDecoder, device_for
@@ -65,7 +65,7 @@ def run_pilot(plan: CompressPlan, weights: Weights, device: str, listener: Liste
     boxes = sample_chunk_boxes(plan.grid, PILOT_CHUNKS)
     chunks = [plan.volume.read(plan.source_box(box)) for box in boxes]
     places = [triple(a // c for a, c in zip(box.start, plan.grid.chunk, strict=True)) for box in boxes]
-    _, importance = sample_importance(plan, boxes)
+    _, importance = chunk_importance(plan, boxes, measured.importance_mean)
     bound = plan.target.max_error
     form = ChunkFormat(
         plan.grid.chunk, plan.volume.dtype, plan.volume.fill_value, measured.offset, measured.scale

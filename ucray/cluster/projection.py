@@ -59,9 +59,13 @@ class Projection:
 
     @property
     def workers(self) -> int:
-        """Workers of the job; without a word of them as many as this machine has cores, or one GPU."""
+        """Workers of the job: without a word of them as many as this machine has cores, or one GPU.
+
+        No more of them work than there are shards left.
+        """
         here = 1 if self.options.device == "cuda" else os.cpu_count() or 1
-        return self.options.encode_workers or here
+        left = max(1, self.plan.shard_count - self.present)
+        return min(self.options.encode_workers or here, left)
 
     @property
     def bytes_out(self) -> float:

@@ -78,7 +78,7 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     peak = data_range(samples, volume.dtype, volume.fill_value)
     chunk = ChunkFormat(plan.grid.chunk, volume.dtype, volume.fill_value, offset, scale)
     encoder = ChunkEncoder(weights, chunk, device=device_for(device), max_error=target.max_error)
-    importance_mean, importance = sample_importance(plan, boxes)
+    importance_mean, importance = chunk_importance(plan, boxes)
     prepared: list[Prepared] = []
     for number, (box, sample, weight) in enumerate(zip(boxes, samples, importance, strict=True)):
         # A chunk says its place, and those bytes count too.
@@ -126,12 +126,18 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     return Measured(offset, scale, peak, quality, archive_bytes(quality), psnr(quality), importance_mean)
 
 
-def sample_importance(plan: CompressPlan, boxes: Sequence[Box]) -> tuple[float, list[ChunkImportance | None]]:
-    """Mean weight over some chunks of a plan, and the importance of each; None where all weigh the same."""
+def chunk_importance(
+    plan: CompressPlan, boxes: Sequence[Box], mean: float | None = None
+) -> tuple[float, list[ChunkImportance | None]]:
+    """Mean weight over the chunks in `boxes`, and the importance of each; None where all weigh the same.
+
+    Chunks weigh against that mean, or against `mean` where the volume's is known.
+    """
     if plan.importance is None:
         return 1.0, [None] * len(boxes)
     cells = [plan.importance.cells(plan.source_box(box)) for box in boxes]
-    mean = float(f"{np.concatenate([found.reshape(-1) for found in cells]).mean():.6g}")
+    if mean is None:
+        mean = float(f"{np.concatenate([found.reshape(-1) for found in cells]).mean():.6g}")
     if mean == 0.0:
         raise SettingsError(f"--importance {plan.importance.weights.url} is zero wherever it was looked at")
     chunk, cell = plan.grid.chunk, plan.importance.cell

@@ -127,15 +127,20 @@ def shared_out(
 ) -> Coders:
     """Workers on processors, for nodes of so many cores and bytes of memory; see `coders`."""
     usable = [node for node in nodes if node[0] >= 1.0] or [(1.0, float(memory))]
-    # A worker that is said to take several cores takes its node's share of them.
-    taken = max(1.0, cpus or 1.0)
-    fitting = [max(1, int(min(cores // taken, room // memory))) for cores, room in usable]
-    count = min(workers or sum(fitting), shards)
+    smallest = min(cores for cores, _ in usable)
+    # Ray goes by cores: where memory is short, a worker asks for those that there is no memory for.
+    crowded = [
+        math.ceil(cores / max(1.0, room // memory)) for cores, room in usable if room // memory < cores
+    ]
+    if cpus is None and workers is None and crowded:
+        cpus = min(float(max(crowded)), max(0.5, smallest - 1.0))
     if cpus is not None:
-        return Coders(count, {"CPU": cpus})
-    free = min(cores for cores, _ in usable) - 1.0
+        fitting = sum(max(1, int((cores - 1.0) // cpus)) for cores, _ in usable)
+        return Coders(min(workers or fitting, shards), {"CPU": cpus})
+    count = min(workers or sum(int(cores) for cores, _ in usable), shards)
+    free = max(smallest - 1.0, smallest / 2.0)
     share = math.floor(100.0 * free / math.ceil(count / len(usable))) / 100.0
-    return Coders(count, {"CPU": min(1.0, max(0.5, share))})
+    return Coders(count, {"CPU": min(1.0, max(0.01, share))})
 
 
 def resources(workers: int, *, use_gpu: bool, cpus: float | None = None) -> Resources:

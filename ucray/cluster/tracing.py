@@ -129,14 +129,23 @@ def choose_ratio(
         If the picture cannot be written.
     """
     file = Path(curve)
-    if not file.parent.is_dir():
-        raise DestinationError(f"--curve {curve}: there is no folder {file.parent}")
+    if not file.parent.is_dir() or file.is_dir():
+        raise DestinationError(f"--curve {curve}: there is no folder {file.parent}, or that is one")
     task = "membrane" if tracing.membrane else "segmentation"
     found, title = tracing.run(task, weights, (STUDENT, *SIMPLER), SWEPT, listener)
     if STUDENT in found.missing:
         raise SettingsError("--max-seg-loss takes weights to code the region with; give --weights")
     choice = choose(found, percent)
-    draw_choice(choice, percent, file, title)
+    try:
+        draw_choice(choice, percent, file, title)
+    except OSError as error:
+        raise DestinationError(f"--curve {curve}: {error.strerror}") from None
+    if not choice.ratio:
+        first = min((one for one in choice.losses if one.codec == STUDENT), key=lambda one: one.wanted)
+        raise SettingsError(
+            f"--max-seg-loss {percent:g}: at a ratio of {first.wanted:g} ucray loses {first.percent:.1f} %; "
+            f"{curve} has the curve"
+        )
     return choice
 
 

@@ -51,6 +51,7 @@ def trained_for(
             check_empty(objects)
         else:
             _refuse_other_weights(find_archive(objects), objects.url)
+        use_gpu = run_options.device == "cuda"
         with ray_session():
             trained = train_on_ray(
                 decided.volume,
@@ -58,9 +59,10 @@ def trained_for(
                 start=start,
                 chunk=decided.grid.chunk,
                 region=decided.region,
-                workers=run_options.encode_workers or 1,
-                worker_cpus=run_options.worker_cpus,
-                use_gpu=run_options.device == "cuda",
+                # Workers that code on processors take a core each; training is one that takes them all.
+                workers=(run_options.encode_workers or 1) if use_gpu else 1,
+                worker_cpus=run_options.worker_cpus if use_gpu else None,
+                use_gpu=use_gpu,
                 listener=listener,
             )
         objects.put_new(WEIGHTS_KEY, trained.to_bytes())

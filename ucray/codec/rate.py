@@ -45,14 +45,17 @@ def _last_within(value_at: Callable[[int], float], limit: float) -> int:
     """The last quality whose value is at most `limit`, of values that grow nearly in a line; 0 if none is.
 
     The method of false position, as Dowell and Jarratt's Illinois variant has it: where one end stays twice,
-    its distance from the limit counts half, so that a bend does not make it slow.
+    its distance from the limit counts half, so that a bend does not make it slow; and where two looks
+    did not halve the range together, the next one does.
     """
     below, above = value_at(0) - limit, math.inf
     if below > 0.0:
         return 0
     low, high, stayed = 0, QUALITIES, 0
+    widths = [high - low]
     while high - low > 1:
-        share = -below / (above - below) if math.isfinite(above - below) else 0.5
+        straight = math.isfinite(above - below) and (len(widths) < 3 or 2 * widths[-1] <= widths[-3])
+        share = -below / (above - below) if straight else 0.5
         middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
         distance = value_at(middle) - limit
         if distance <= 0.0:
@@ -63,4 +66,5 @@ def _last_within(value_at: Callable[[int], float], limit: float) -> int:
             high, above = middle, distance
             below /= 2.0 if stayed > 0 else 1.0
             stayed = 1
+        widths.append(high - low)
     return low

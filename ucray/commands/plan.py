@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ucray.cluster.plan import CompressOptions
     from ucray.cluster.tracing import Tracing
 
+CURVE = "ucray-seg-loss.png"
+
 
 def plan(
     source: Source,
@@ -64,7 +66,9 @@ def plan(
         str | None, typer.Option(help="Volume of neurons by number, or of classes (--membrane).")
     ] = None,
     membrane: Annotated[str, typer.Option(help="Classes of --labels that are membrane, with commas.")] = "",
-    curve: Annotated[str, typer.Option(help="PNG of what is lost at which ratio.")] = "ucray-seg-loss.png",
+    curve: Annotated[
+        str | None, typer.Option(help=f"PNG of what is lost at which ratio; {CURVE} by default.")
+    ] = None,
     months: Annotated[float, typer.Option(min=0.0, help="Over how long the volume is kept.")] = 12.0,
     gb_month: Annotated[float | None, typer.Option(help="Price of a GB for a month.")] = None,
     thousand_puts: Annotated[float | None, typer.Option(help="Price of a thousand PUTs.")] = None,
@@ -76,7 +80,7 @@ def plan(
     select: Select = None,
     as_json: AsJson = False,
 ) -> None:
-    """Code a few chunks, and say what compressing all would give, take and cost; writes nothing."""
+    """Code a few chunks, and say what compressing all would give, take and cost; writes no archive."""
     from ucray.cluster.connection import Connection
     from ucray.cluster.cost import Prices
     from ucray.cluster.options import checked, options_from, run_options_from
@@ -84,6 +88,8 @@ def plan(
 
     if (max_seg_loss is None) != (labels is None):
         raise typer.BadParameter("--max-seg-loss and --labels go together")
+    if max_seg_loss is None and (membrane or curve is not None):
+        raise typer.BadParameter("--membrane and --curve go with --max-seg-loss")
     connection = Connection(endpoint_url, array, select)
     choice = None
     if max_seg_loss is not None and labels is not None:
@@ -97,7 +103,7 @@ def plan(
             chunk=None if chunk is None else parse_shape(chunk),
             connection=connection,
         )
-        choice = _chosen(tracing, weights, max_seg_loss, curve, as_json=as_json)
+        choice = _chosen(tracing, weights, max_seg_loss, curve or CURVE, as_json=as_json)
         ratio, roi = choice["ratio"], None
     options = options_from(
         ratio=ratio,

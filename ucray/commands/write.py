@@ -156,7 +156,12 @@ def compress(
     exact_fill: ExactFill = True,
     weights: WeightsName = None,
     train_steps: Annotated[
-        int | None, typer.Option(min=1, help="Train, or fine-tune --weights, that long.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Train, or fine-tune --weights, that long: by one worker with all cores, or by --workers "
+            "with a GPU each.",
+        ),
     ] = None,
     chunk: Chunk = None,
     shard: Shard = None,

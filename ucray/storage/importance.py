@@ -44,14 +44,13 @@ class ImportanceMap:
             As `open_volume` does.
         """
         weights = open_volume(url, None, endpoint_url, dtypes=DTYPES)
-        found = [_factor(n, m) for n, m in zip(shape, weights.shape, strict=True)]
-        factors = [factor for factor in found if factor is not None]
-        if len(factors) < 3:
+        factor = _factors(shape, weights.shape)
+        if factor is None:
             raise SettingsError(
                 f"--importance {url} has shape {format_shape(weights.shape)}, the volume "
                 f"{format_shape(shape)}: it must be as large, or coarser by whole factors"
             )
-        return cls(weights, triple(iter(factors)), cell)
+        return cls(weights, factor, cell)
 
     def cells(self, box: Box) -> Weights:
         """Mean weights (z, y, x) of the cells of a box of the volume, counted from its corner.
@@ -83,9 +82,21 @@ class ImportanceMap:
             raise SourceError(f"{self.weights.url}: {error} ({box})") from None
 
 
-def _factor(voxels: int, weights: int) -> int | None:
-    """Voxels of an axis that each of its weights stands for; None if that is no whole number."""
-    for factor in (-(-voxels // weights), voxels // weights):
-        if factor and weights in (-(-voxels // factor), voxels // factor):
-            return factor
-    return None
+def _factors(shape: Shape3, weights: Shape3) -> Shape3 | None:
+    """Voxels of each axis that a weight stands for; None if that is no whole number.
+
+    A map may cover the volume's end or stop short of it, so that several may fit: one that fits all axes is
+    taken before others, then one that covers the end.
+    """
+    fitting = [_fitting(n, m) for n, m in zip(shape, weights, strict=True)]
+    if not all(fitting):
+        return None
+    shared = [factor for factor in fitting[0] if all(factor in others for others in fitting)]
+    return triple((shared or own)[0] for own in fitting)
+
+
+def _fitting(voxels: int, weights: int) -> list[int]:
+    """Factors between two lengths: those of a map that covers all voxels, then those of one that stops."""
+    around = range(max(1, voxels // (weights + 1)), -(-voxels // max(1, weights - 1)) + 1)
+    covering = [factor for factor in around if -(-voxels // factor) == weights]
+    return covering + [f for f in around if voxels // f == weights and f not in covering]
