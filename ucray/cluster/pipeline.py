@@ -37,8 +37,8 @@ class RunOptions(Settings):
     Of encode workers None is one for each core, or GPU, of the nodes there are, as far as memory goes.
     `worker_cpus` are the cores that one asks for; see `coders` for None. Weights that come first are trained
     by one worker, or by as many as encode with a GPU each. Shards that failed are listed in the file
-    `failed_boxes`; a job that is given such a file as `boxes` does just what it lists. With a `metrics_port` a
-    job that has ended waits up to `metrics_linger` seconds for a last scrape.
+    `failed_boxes`; a job that is given such a file as `boxes` does just what it lists. With a `metrics_port`
+    a job that has ended waits up to `metrics_linger` seconds for a last scrape.
     """
 
     encode_workers: Annotated[int, Field(ge=1)] | None = None
