@@ -338,8 +338,8 @@ NEURONS = {"f1": 0.8, "vi_split": 0.6, "vi_merge": 0.2, "rand_error": 0.1}
 
 @pytest.mark.parametrize("figures", [NEURONS, {"f1": 0.8}])
 def test_the_largest_ratio_before_more_is_lost_is_chosen(figures: dict[str, float]) -> None:
-    """Not one beyond: that a coarser one happens to lose less is chance."""
-    ours = {8.0: -0.01, 32.0: 0.015, 16.0: 0.01, 64.0: 0.03, 128.0: 0.019}
+    """That a coarser one happens to lose less is chance: both count as what they lose on average."""
+    ours = {8.0: -0.01, 32.0: 0.015, 16.0: 0.01, 64.0: 0.03, 128.0: 0.02}
     traced = scores_of(
         {"ucray": ours, "jpegxl": {8.0: 0.0, 16.0: 0.05}, "jpeg": dict.fromkeys(ours, 0.0)}, figures
     )
@@ -348,14 +348,16 @@ def test_the_largest_ratio_before_more_is_lost_is_chosen(figures: dict[str, floa
     assert choice.simpler == {"jpeg": 128.0}
     by_ratio = {one.wanted: one.percent for one in choice.losses if one.codec == "ucray"}
     assert by_ratio == pytest.approx({ratio: 100 * loss for ratio, loss in ours.items()})
-    assert choose(traced, 3.5).ratio == 128.0
+    fitted = {one.wanted: one.fitted for one in choice.losses if one.codec == "ucray"}
+    assert fitted == pytest.approx({8.0: -1.0, 16.0: 1.0, 32.0: 1.5, 64.0: 2.5, 128.0: 2.5})
+    assert choose(traced, 2.6).ratio == 128.0
     assert choose(traced, -2.0).ratio == 0.0
     # Where the coarsest quality gives 100, 128 is not reached, whatever is lost there.
     short = [
         dataclasses.replace(score, ratio=100.0) if (score.codec, score.wanted) == ("ucray", 128.0) else score
         for score in traced.scores
     ]
-    assert choose(dataclasses.replace(traced, scores=tuple(short)), 3.5).ratio == 64.0
+    assert choose(dataclasses.replace(traced, scores=tuple(short)), 2.6).ratio == 64.0
 
 
 def test_the_worse_of_two_figures_counts() -> None:
@@ -398,12 +400,27 @@ def test_a_plan_takes_the_ratio_that_keeps_a_segmentation(
     choice = told["choice"]
     ours = {one["wanted"]: one["percent"] for one in choice["losses"] if one["codec"] == "ucray"}
     assert sorted(ours) == list(swept)
-    assert all(ours[ratio] <= 50 for ratio in swept if ratio <= choice["ratio"])
+    fitted = {one["wanted"]: one["fitted"] for one in choice["losses"] if one["codec"] == "ucray"}
+    assert all((fitted[ratio] <= 50) is (ratio <= choice["ratio"]) for ratio in swept)
     assert told["target"] == {"ratio": choice["ratio"]}
     assert told["shape"] == list(volume.shape)
     with Image.open(curve) as picture:
         assert picture.size[0] > 500
     assert not (tmp_path / "archive").exists()
+
+
+def test_a_loss_that_no_ratio_keeps_is_refused_with_the_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = scores_of({"ucray": {8.0: 0.03, 16.0: 0.05}}, NEURONS)
+    monkeypatch.setattr(tracing.Tracing, "run", lambda *_: (scores, "title"))
+    curve = tmp_path / "curve.png"
+    with pytest.raises(SettingsError, match=r"at a ratio of 8 ucray loses 3\.0 %; .*curve.png has the curve"):
+        tracing.choose_ratio(tracing.Tracing("S", "L"), None, 2.0, str(curve))
+    with Image.open(curve) as picture:
+        assert picture.size[0] > 500
+    with pytest.raises(DestinationError, match="--curve"):
+        tracing.choose_ratio(tracing.Tracing("S", "L"), None, 2.0, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -417,20 +434,6 @@ def test_a_plan_takes_the_ratio_that_keeps_a_segmentation(
         (["--max-seg-loss", "2", "--labels", "LABELS", "--roi", "0:9,0:9,0:9"], "--labels has shape"),
     ],
 )
-def test_a_loss_that_no_ratio_keeps_is_refused_with_the_curve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = scores_of({"ucray": {8.0: 0.03, 16.0: 0.05}}, NEURONS)
-    monkeypatch.setattr(tracing.Tracing, "run", lambda *arguments: (scores, "title"))
-    curve = tmp_path / "curve.png"
-    with pytest.raises(SettingsError, match=r"at a ratio of 8 ucray loses 3\.0 %; .*curve.png has the curve"):
-        tracing.choose_ratio(tracing.Tracing("S", "L"), None, 2.0, str(curve))
-    with Image.open(curve) as picture:
-        assert picture.size[0] > 500
-    with pytest.raises(DestinationError, match="--curve"):
-        tracing.choose_ratio(tracing.Tracing("S", "L"), None, 2.0, str(tmp_path))
-
-
 def test_choices_that_cannot_be_made_are_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
     voxels, labels = cells(4)
     zarr.create_array(tmp_path / "em.zarr", data=voxels)

@@ -21,13 +21,15 @@ class Loss:
     """What one codec loses at one ratio asked for, in per cent of the original's figure; below 0 it gains.
 
     It is the largest of the rise of the variation of information, the rise of the adapted Rand error and,
-    where there are no neurons to trace, the fall of the membranes' F1.
+    where there are no neurons to trace, the fall of the membranes' F1. `fitted` is what isotonic regression
+    makes of `percent`: that fewer bytes trace better is chance.
     """
 
     codec: str
     wanted: float
     ratio: float
     percent: float
+    fitted: float
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,16 @@ def losses(scores: Sequence[Score]) -> list[Loss]:
     for score in scores:
         if score.codec != ORIGINAL:
             found.setdefault((score.codec, score.wanted, score.ratio), {})[score.figure] = score.loss
-    return [Loss(*key, 100.0 * _largest(lost, before)) for key, lost in found.items()]
+    percents = {key: 100.0 * _largest(lost, before) for key, lost in found.items()}
+    fitted: dict[tuple[str, float, float], float] = {}
+    for codec in dict.fromkeys(codec for codec, _, _ in percents):
+        keys = sorted(key for key in percents if key[0] == codec)
+        fitted |= dict(zip(keys, _rising([percents[key] for key in keys]), strict=True))
+    return [Loss(*key, percent, fitted[key]) for key, percent in percents.items()]
 
 
 def choose(traced: Traced, percent: float) -> Choice:
-    """The largest ratio up to which ucray loses at most `percent` at every ratio that was tried."""
+    """The largest ratio at which ucray loses at most `percent`, by what is fitted to the ratios tried."""
     found = losses(traced.scores)
     reached = {codec: _reached(found, codec, percent) for codec in dict.fromkeys(one.codec for one in found)}
     ours = reached.get(STUDENT, 0.0)
@@ -64,7 +71,7 @@ def choose(traced: Traced, percent: float) -> Choice:
 
 
 def draw_choice(choice: Choice, percent: float, file: Path, title: str) -> None:
-    """The curve: what is lost against the ratio, the limit, and what was chosen."""
+    """What is lost against the ratio, as measured and as fitted, the limit, and what was chosen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -73,7 +80,9 @@ def draw_choice(choice: Choice, percent: float, file: Path, title: str) -> None:
     figure, axis = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for codec in dict.fromkeys(one.codec for one in choice.losses):
         curve = sorted((one for one in choice.losses if one.codec == codec), key=lambda one: one.ratio)
-        axis.plot([one.ratio for one in curve], [one.percent for one in curve], marker="o", label=codec)
+        ratios = [one.ratio for one in curve]
+        (line,) = axis.plot(ratios, [one.fitted for one in curve], label=codec)
+        axis.plot(ratios, [one.percent for one in curve], "o", color=line.get_color())
     axis.axhline(percent, color="black", linestyle=":", label=f"{percent:g} % allowed")
     if choice.ratio:
         axis.axvline(choice.ratio, color="grey", linewidth=1, label=f"chosen: ratio {choice.ratio:g}")
@@ -86,6 +95,13 @@ def draw_choice(choice: Choice, percent: float, file: Path, title: str) -> None:
     axis.set_title(title, fontsize=10)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """The nearest values, by squares, that do not fall."""
+    from sklearn.isotonic import isotonic_regression
+
+    return [float(value) for value in isotonic_regression(values)]
 
 
 def _largest(lost: dict[str, float], before: dict[str, float]) -> float:
@@ -103,7 +119,7 @@ def _reached(found: Sequence[Loss], codec: str, percent: float) -> float:
     reached = 0.0
     for one in sorted((one for one in found if one.codec == codec), key=lambda one: one.wanted):
         # Nor is a ratio reached that a codec's coarsest setting falls short of.
-        if not one.percent <= percent or one.ratio * SHORT < one.wanted:
+        if not one.fitted <= percent or one.ratio * SHORT < one.wanted:
             break
         reached = one.wanted
     return reached

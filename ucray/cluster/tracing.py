@@ -143,7 +143,7 @@ def choose_ratio(
     if not choice.ratio:
         first = min((one for one in choice.losses if one.codec == STUDENT), key=lambda one: one.wanted)
         raise SettingsError(
-            f"--max-seg-loss {percent:g}: at a ratio of {first.wanted:g} ucray loses {first.percent:.1f} %; "
+            f"--max-seg-loss {percent:g}: at a ratio of {first.wanted:g} ucray loses {first.fitted:.1f} %; "
             f"{curve} has the curve"
         )
     return choice
