@@ -22,6 +22,7 @@ ROOT = Path(ucray.__file__).parent / "weights"
 DIGESTS = {
     "em-fib-v1": "d225abc93adea152e071f3ab798a21a04bfb8a4f6301176e7fd0afcfef99672f",
     "em-fib-v2": "de882afbd25346fedfc0590f147b8f4ebe31083dac82c4136bab09b50a2c4fa4",
+    "em-fib-v3": "7073e35784e13d1874aa18c1454b241724672a204e618dc54cfd5ba322e5a86c",
 }
 
 FORMAT = ChunkFormat((64, 64, 64), "uint8", 0.0, 128.0, 30.0)
@@ -40,7 +41,7 @@ def test_every_weights_file_has_a_card_and_stays_small(name: str) -> None:
 
 
 def test_they_serve_isotropic_volumes_alone() -> None:
-    assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v2"
+    assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v3"
     assert shipped_for(config_for_voxels((50.0, 4.6, 4.6))) is None
 
 
@@ -48,8 +49,8 @@ def test_compress_takes_them_by_default_and_says_so(tmp_path: Path) -> None:
     source, archive = str(tmp_path / "em.zarr"), str(tmp_path / "em.ucray")
     ucray.synth(source, (64, 64, 128), seed=1)
     report = ucray.compress(source, archive, run_options=ucray.RunOptions(serial=True))
-    assert report.weights == "em-fib-v2"
-    assert ucray.info(archive)["weights_digest"] == DIGESTS["em-fib-v2"]
+    assert report.weights == "em-fib-v3"
+    assert ucray.info(archive)["weights_digest"] == DIGESTS["em-fib-v3"]
     found = ucray.verify(archive, source, serial=True)
     assert found.clean
     plan = CliRunner().invoke(app, ["compress", source, "DST", "--weights", "em-fib-v1", "--dry-run"])
