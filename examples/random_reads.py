@@ -12,8 +12,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 import ucray
 
 EDGE = 64
@@ -34,7 +32,6 @@ def read(reader: ucray.Reader, seed: int, count: int) -> int:
 def read_in_a_process(task: tuple[str, int, int]) -> int:
     """The same in a process of its own, which keeps the model from one task to the next."""
     url, seed, count = task
-    torch.set_num_threads(1)
     return read(_opened(url), seed, count)
 
 
@@ -54,7 +51,6 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
-    torch.set_num_threads(1)
     started = time.perf_counter()
     reader = _opened(options.archive)
     print(f"opened, with a first voxel, in {time.perf_counter() - started:.2f} s")
