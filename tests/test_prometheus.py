@@ -95,7 +95,7 @@ def test_what_prometheus_saw_is_what_the_archive_says_though_an_actor_was_killed
     prometheus = site.prometheus
     job = site.start(archive)
     prometheus.wait_for(lambda: site.committed() > 0 or job.poll() is not None, LIMIT)
-    (encoder,) = processes(TITLES["encode"])
+    encoder, *_ = processes(TITLES["encode"])
     before = site.committed()
     os.kill(encoder, signal.SIGKILL)
     report = _finish(job)
