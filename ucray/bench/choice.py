@@ -87,6 +87,9 @@ def draw_choice(choice: Choice, percent: float, file: Path, title: str) -> None:
     if choice.ratio:
         axis.axvline(choice.ratio, color="grey", linewidth=1, label=f"chosen: ratio {choice.ratio:g}")
     axis.set_xscale("log", base=2)
+    # What is lost at the coarsest ratios would leave nothing to see of the limit.
+    axis.set_yscale("symlog", linthresh=max(2.0 * percent, 1.0))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel("ratio")
     axis.set_ylabel("segmentation loss, % of the original's figure")
