@@ -40,6 +40,14 @@ def test_every_weights_file_has_a_card_and_stays_small(name: str) -> None:
     assert sum(p.stat().st_size for p in ROOT.iterdir() if p.suffix == ".safetensors") < 10_000_000
 
 
+@pytest.mark.parametrize("name", sorted(DIGESTS))
+def test_what_they_learnt_from_is_named_without_a_machine_s_paths(name: str) -> None:
+    training = shipped_weights(name).training
+    learnt = [training["source"], *training.get("also", [])]
+    assert learnt
+    assert all("/" not in source for source in learnt)
+
+
 def test_they_serve_isotropic_volumes_alone() -> None:
     assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v3"
     assert shipped_for(config_for_voxels((50.0, 4.6, 4.6))) is None
