@@ -81,6 +81,9 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Without sizes the analysis, the teacher or the student is its linear part alone; without sizes of a
     filter a decoder has none. A linear analysis computes no codes: `code_stages` and `code_width` are zero
     with it, and with it alone.
+
+    Symbols of frequency tables from `first_dependent` on lie on the paths of a trellis
+    (`ucray.codec.trellis`); without it all are rounded one by one.
     """
 
     wavelet: str = "haar"
@@ -102,6 +105,7 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
     teacher_filter: FilterConfig | None = None
     student_filter: FilterConfig | None = None
+    first_dependent: Annotated[int, msgspec.Meta(ge=1, le=84)] | None = None
 
     def __post_init__(self) -> None:
         linear = self.analysis is None
@@ -116,9 +120,11 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold; digests are taken of it.
 
-        Version 1 knew no post-filters: without any, it is what it was.
+        Version 1 knew no post-filters, version 2 no trellis: without, they are what they were.
         """
         plain: dict[str, Any] = msgspec.to_builtins(self)
+        if self.version < 3:
+            del plain["first_dependent"]
         if self.version == 1:
             del plain["teacher_filter"], plain["student_filter"]
         return plain
@@ -126,6 +132,8 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def version(self) -> int:
         """Version of the weights' format: the first that knows all of this."""
+        if self.first_dependent is not None:
+            return 3
         filtered = self.teacher_filter is not None or self.student_filter is not None
         return 2 if filtered or self.teacher is None else 1
 
@@ -181,6 +189,9 @@ class DecoderSizes(msgspec.Struct, frozen=True):
 TEACHER_FILTER, STUDENT_FILTER = FilterConfig(width=16, layers=6), FilterConfig(width=16, layers=2)
 """Post-filters of new weights."""
 
+FIRST_DEPENDENT = 18
+"""Of new weights: where scales are about a third of the space between symbols. Below, nearly all are zero."""
+
 SMALL_CELL = 256
 """Voxels; a latent cell of fewer has SMALL_GROUPS of latents and SMALL_NETWORKS."""
 
@@ -217,7 +228,11 @@ def config_for_voxels(voxel_size: tuple[float, float, float], *, large: bool = F
     levels = triple(min(2, h) for h in halvings)
     strides = triple(2 ** (h - level) for h, level in zip(halvings, levels, strict=True))
     config = CodecConfig(
-        levels=levels, latent_stride=strides, teacher_filter=TEACHER_FILTER, student_filter=STUDENT_FILTER
+        levels=levels,
+        latent_stride=strides,
+        teacher_filter=TEACHER_FILTER,
+        student_filter=STUDENT_FILTER,
+        first_dependent=FIRST_DEPENDENT,
     )
     if math.prod(config.latent_cell) < SMALL_CELL:
         config = msgspec.structs.replace(config, groups=SMALL_GROUPS, checkered=3, **SMALL_NETWORKS)

@@ -26,6 +26,7 @@ import ray.data
 import ray.train
 import ray.train.torch
 import torch
+from msgspec.structs import replace
 from ray.train import Checkpoint, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -37,7 +38,7 @@ from ucray.cluster.telemetry import Event, Listener
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.chunk import normalisation
 from ucray.codec.weights import Weights
-from ucray.config import CodecConfig, DecoderSizes, default_chunk
+from ucray.config import FIRST_DEPENDENT, CodecConfig, DecoderSizes, default_chunk
 from ucray.errors import JobError, SettingsError, SourceError
 from ucray.grid import Box, Shape3
 from ucray.settings import TrainingConfig
@@ -143,6 +144,8 @@ def train(
     if sizes.teacher_filter is not None and settings.teacher_steps == 0:
         raise SettingsError("--teacher-filter begins with nothing, and --train-steps 0 teaches it nothing")
     config = sizes.given_to(start.config if start is not None else config_for(volume, large=large))
+    if not settings.keep_stream:
+        config = replace(config, first_dependent=FIRST_DEPENDENT)
     chunk = chunk or default_chunk(config)
     region = region or Box((0, 0, 0), volume.shape)
     if any(c % s for c, s in zip(chunk, config.stride, strict=True)):

@@ -156,12 +156,14 @@ class ContextModel:
     step
         int32 (qualities, latents): width of a quantisation step, in units of the latent.
     gain, base
-        int16 (qualities, latents) and (latents,): log2 of 1 / step and of a latent's scale, in units of
-        1 / SCALE_UNITS.
+        int16 (qualities, latents) and (latents,): log2 of 1 / (spacing * step) and of a latent's scale, in
+        units of 1 / SCALE_UNITS.
     deviation
         float32 (latents,): standard deviation of a latent, the measure of a network's inputs and means.
     networks
         Three layers for each pass.
+    spacing
+        Quantisation steps from one symbol to the next.
     """
 
     groups: tuple[int, ...]
@@ -174,6 +176,7 @@ class ContextModel:
     base: npt.NDArray[np.int16]
     deviation: npt.NDArray[np.float32]
     networks: tuple[tuple[Layer, Layer, Layer], ...]
+    spacing: int = 1
 
     @cached_property
     def passes(self) -> tuple[Pass, ...]:
@@ -261,11 +264,11 @@ class Walk:
         tables = (units - int(TABLE_OCTAVES[0] * SCALE_UNITS) + TABLE_UNITS // 2) // TABLE_UNITS
         return mean, _within(tables, 0, TABLES - 1).astype(np.uint8)
 
-    def put(self, part: Pass, mean: Whole, symbols: npt.NDArray[np.integer]) -> None:
-        """Take in the symbols (cells, channels) of a pass."""
+    def put(self, part: Pass, mean: Whole, levels: npt.NDArray[np.integer]) -> None:
+        """Take in the levels (cells, channels) of a pass: quantisation steps from the mean."""
         model = self._model
         here = slice(part.first, part.last)
-        values = mean + symbols.astype(np.int64) * model.step[self._quality, here]
+        values = mean + levels.astype(np.int64) * model.step[self._quality, here]
         values = _within(values, -LARGEST_LATENT, LARGEST_LATENT)
         self.latents.reshape(-1, model.latents)[self._geometry.cells[part.colour], here] = values
         inner = (values * model.inward[here] + (1 << WIDE - 1)) >> WIDE

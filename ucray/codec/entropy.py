@@ -8,7 +8,7 @@ FORMAT.md. This module imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ucray.codec.context import SCALE_UNITS, TABLE_OCTAVES, TABLE_UNITS, TABLES, Codes, Tables
+from ucray.codec.trellis import NEXT, Layout, levels_of
 from ucray.errors import ChunkError
 
 TOTAL = 1 << 16
@@ -26,6 +27,8 @@ TOTAL = 1 << 16
 SILENT = 0
 """The table that codes nothing: its symbols are zero."""
 
+_NEXT = NEXT.tolist()
+
 Symbols = npt.NDArray[np.int16] | npt.NDArray[np.int32]
 Model: TypeAlias = constriction.stream.model.Categorical
 
@@ -33,6 +36,9 @@ Model: TypeAlias = constriction.stream.model.Categorical
 @dataclass(frozen=True)
 class FrequencyTables:
     """How often every letter of every table comes.
+
+    Where latents lie on the paths of a trellis, tables from `first_dependent` on are there twice: behind the
+    TABLES of the first quantiser stand those of the second.
 
     Parameters
     ----------
@@ -48,6 +54,11 @@ class FrequencyTables:
     frequencies: npt.NDArray[np.uint16]
     code_frequencies: npt.NDArray[np.uint16]
 
+    @property
+    def first_dependent(self) -> int:
+        """The first table whose symbols lie on paths; TABLES where none do."""
+        return 2 * TABLES - len(self.reach)
+
     @cached_property
     def tables(self) -> list[npt.NDArray[np.uint16]]:
         """Frequencies of each table."""
@@ -58,6 +69,13 @@ class FrequencyTables:
     def symbol_models(self) -> list[Model]:
         """One coder model per frequency table."""
         return [_model(table) for table in self.tables]
+
+    @cached_property
+    def quantisers(self) -> tuple[list[tuple[Model, int]], list[tuple[Model, int]]]:
+        """Model and reach of each table in the first quantiser and in the second, where it is in both."""
+        both = list(zip(self.symbol_models, self.reach.tolist(), strict=True))
+        first = self.first_dependent
+        return both[:TABLES], [*both[:first], *both[TABLES:]]
 
     @cached_property
     def code_models(self) -> list[Model]:
@@ -77,6 +95,14 @@ class FrequencyTables:
         escaped = int(np.isin(letters, self._escapes).sum())
         return float(self._letter_bits[letters].sum()) + 16.0 * escaped
 
+    def bits_of_size(
+        self, tables: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Bits of each symbol of a size, not negative, with its table; an escape counts two bytes more."""
+        escaped = sizes > self._reach[tables]
+        letters = self._middles[tables] + np.minimum(sizes, self._reach[tables] + 1)
+        return np.asarray(self._letter_bits[letters] + np.float32(16.0) * escaped)
+
     def letters_of(self, tables: Tables, symbols: Symbols) -> npt.NDArray[np.int64]:
         """Places in `frequencies` of symbols that are coded with tables, both flat; none for silent ones."""
         coded = np.flatnonzero(tables != SILENT)
@@ -84,6 +110,14 @@ class FrequencyTables:
         reach = self.reach.astype(np.int64)[table]
         letters = np.where(np.abs(symbol) > reach, 2 * reach + 1, symbol + reach)
         return np.asarray(self._starts[table] + letters)
+
+    @cached_property
+    def _reach(self) -> npt.NDArray[np.int64]:
+        return self.reach.astype(np.int64)
+
+    @cached_property
+    def _middles(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self._starts + self._reach)
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
@@ -100,7 +134,10 @@ class FrequencyTables:
 
 
 def encode(
-    frequencies: FrequencyTables, codes: Codes | None, parts: Sequence[tuple[Tables, Symbols]]
+    frequencies: FrequencyTables,
+    codes: Codes | None,
+    parts: Sequence[tuple[Tables, Symbols]],
+    first_dependent: int = TABLES,
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
     """Code one chunk: (words of the coder, escaped symbols in coding order).
 
@@ -109,22 +146,28 @@ def encode(
     codes
         uint8 (stages, z, y, x); None for symbols alone.
     parts
-        For each pass the tables and the symbols, flat, in the order of the cells.
+        For each pass the tables, those of the second quantiser for its symbols, and the symbols, flat, in the
+        order of the cells.
+    first_dependent
+        The first table whose symbols lie on paths.
     """
     coder = constriction.stream.stack.AnsCoder()
     escapes = []
     # The coder is a stack: what the decoder needs first is pushed last.
+    models = frequencies.symbol_models
     for tables, symbols in reversed(parts):
-        order, used, counts = _coding_order(tables)
-        values = symbols[order].astype(np.int32)
-        reach = np.repeat(frequencies.reach.astype(np.int32)[used], counts)
+        own = np.where(tables < TABLES, tables, tables - np.uint8(TABLES - first_dependent))
+        layout = Layout.of(own.astype(np.uint8), first_dependent)
+        values, used = symbols[layout.order].astype(np.int32), tables[layout.order]
+        reach = frequencies.reach.astype(np.int32)[used]
         escaped = np.abs(values) > reach
         escapes.append(values[escaped])
         letters = np.where(escaped, 2 * reach + 1, values + reach).astype(np.int32)
-        end = len(letters)
-        for table, count in zip(reversed(used), reversed(counts), strict=True):
-            coder.encode_reverse(letters[end - count : end], frequencies.symbol_models[table])
-            end -= count
+        on_paths = zip(letters[layout.plain :].tolist(), used[layout.plain :].tolist(), strict=True)
+        for letter, table in reversed(list(on_paths)):
+            coder.encode_reverse(letter, models[table])
+        for table, start, end in reversed(list(_runs(layout.tables[: layout.plain]))):
+            coder.encode_reverse(letters[start:end], models[table])
     planes = [] if codes is None else list(zip(frequencies.code_models, codes, strict=True))
     for model, row in reversed(planes):
         coder.encode_reverse(row.reshape(-1).astype(np.int32), model)
@@ -141,6 +184,9 @@ class SymbolReader:
         escapes: npt.NDArray[np.int32],
     ) -> None:
         self._frequencies = frequencies
+        self._reach = frequencies.reach.tolist()
+        self._models = frequencies.symbol_models
+        self._quantisers = frequencies.quantisers
         self._escapes = escapes
         self._taken = 0
         try:
@@ -155,43 +201,85 @@ class SymbolReader:
         return np.array(planes, dtype=np.uint8).reshape(len(planes), *grid)
 
     def symbols(self, tables: Tables) -> npt.NDArray[np.int32]:
-        """Symbols of one pass, from its tables, flat."""
-        order, used, counts = _coding_order(tables)
+        """Symbols of one pass that lie on no path, from its tables, flat."""
+        layout = Layout.of(tables, TABLES)
         symbols = np.zeros(len(tables), dtype=np.int32)
-        if not len(order):
-            return symbols
-        models = self._frequencies.symbol_models
-        letters = np.concatenate(
-            [self._coder.decode(models[t], int(n)) for t, n in zip(used, counts, strict=True)]
-        )
-        reach = np.repeat(self._frequencies.reach.astype(np.int32)[used], counts)
-        values = letters.astype(np.int32) - reach
-        escaped = letters == 2 * reach + 1
-        if count := int(escaped.sum()):
-            found = self._escapes[self._taken : self._taken + count]
-            if len(found) != count:
-                raise ChunkError("the coded symbols do not fill the chunk exactly")
-            values[escaped] = found
-            self._taken += count
-        symbols[order] = values
+        symbols[layout.order] = self._in_runs(layout.tables)
         return symbols
+
+    def levels(self, tables: Tables) -> npt.NDArray[np.int64]:
+        """Quantisation steps that the symbols of one pass stand for, on paths, from its tables, flat."""
+        layout = Layout.of(tables, self._frequencies.first_dependent)
+        symbols = np.empty(len(layout.order), dtype=np.int64)
+        second = np.zeros(len(layout.order), dtype=bool)
+        symbols[: layout.plain] = self._in_runs(layout.tables[: layout.plain])
+        symbols[layout.plain :], second[layout.plain :] = self._on_paths(layout)
+        levels = np.zeros(len(tables), dtype=np.int64)
+        levels[layout.order] = levels_of(symbols, second)
+        return levels
+
+    def _on_paths(self, layout: Layout) -> tuple[list[int], list[int]]:
+        """The next symbols on the paths of a pass, and which quantiser each is of.
+
+        One by one: only the last symbol says which table is next.
+        """
+        decode, kinds = self._coder.decode, self._quantisers
+        tables, paths = layout.tables[layout.plain :].tolist(), layout.paths
+        symbols, quantisers, states = [], [], [0] * paths
+        for start in range(0, len(tables), paths):
+            for path, table in enumerate(tables[start : start + paths]):
+                state = states[path]
+                quantiser = state & 1
+                model, reach = kinds[quantiser][table]
+                symbol = decode(model) - reach
+                if symbol > reach:
+                    symbol = self._next_escape()
+                symbols.append(symbol)
+                quantisers.append(quantiser)
+                states[path] = _NEXT[symbol & 1][state]
+        return symbols, quantisers
 
     def finish(self) -> None:
         """Refuse what is left over."""
         if not self._coder.is_empty() or self._taken != len(self._escapes):
             raise ChunkError("the coded symbols do not fill the chunk exactly")
 
+    def _in_runs(self, tables: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """The next symbols, of tables in their order."""
+        found = [np.empty(0, np.int32)]
+        for table, start, end in _runs(tables):
+            reach = self._reach[table]
+            symbols = self._coder.decode(self._models[table], end - start) - reach
+            for place in np.flatnonzero(symbols > reach):
+                symbols[place] = self._next_escape()
+            found.append(symbols)
+        return np.concatenate(found)
 
-def logistic_weights() -> list[npt.NDArray[np.float64]]:
-    """Weights of all tables under logistic priors: per table its symbols and, last, the escape."""
-    weights = []
-    for table in range(TABLES):
-        scale = 2.0 ** (TABLE_OCTAVES[0] + table * TABLE_UNITS / SCALE_UNITS)
-        reach = max(2, math.ceil(6.0 * scale))
-        edges = (np.arange(2 * reach + 2) - reach - 0.5) / scale
-        mass = np.diff(1.0 / (1.0 + np.exp(-np.clip(edges, -700, 700))))
-        weights.append(np.append(mass, max(1.0 - mass.sum(), 1e-7)))
-    return weights
+    def _next_escape(self) -> int:
+        if self._taken == len(self._escapes):
+            raise ChunkError("the coded symbols do not fill the chunk exactly")
+        self._taken += 1
+        return int(self._escapes[self._taken - 1])
+
+
+def logistic_weights(first_dependent: int = TABLES) -> list[npt.NDArray[np.float64]]:
+    """Weights of all tables under logistic priors: per table its symbols and, last, the escape.
+
+    Those of the second quantiser follow, from `first_dependent` on.
+    """
+    first = [_logistic(table, second=False) for table in range(TABLES)]
+    return first + [_logistic(table, second=True) for table in range(first_dependent, TABLES)]
+
+
+def _logistic(table: int, *, second: bool) -> npt.NDArray[np.float64]:
+    scale = 2.0 ** (TABLE_OCTAVES[0] + table * TABLE_UNITS / SCALE_UNITS)
+    reach = max(2, math.ceil(6.0 * scale))
+    # Points of the second quantiser lie half a space nearer to zero; letters end half way between points.
+    points = np.arange(reach + 2) - 0.5 * second * (np.arange(reach + 2) > 0)
+    ends = (points[1:] + points[:-1]) / 2
+    edges = np.concatenate([-ends[::-1], ends]) / scale
+    mass = np.diff(1.0 / (1.0 + np.exp(-np.clip(edges, -700, 700))))
+    return np.append(mass, max(1.0 - mass.sum(), 1e-7))
 
 
 def to_frequencies(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
@@ -203,13 +291,12 @@ def to_frequencies(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
     return np.asarray(frequencies, dtype=np.uint16)
 
 
-def _coding_order(tables: Tables) -> tuple[npt.NDArray[np.int64], Tables, npt.NDArray[np.int64]]:
-    """Places by table, without the silent one; tables in use, and their counts."""
-    counts = np.bincount(tables, minlength=256)
-    order = np.argsort(tables, kind="stable")[counts[SILENT] :]
-    counts[SILENT] = 0
-    used = np.flatnonzero(counts)
-    return order, used.astype(np.uint8), counts[used]
+def _runs(tables: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+    """Runs of the same table: table, start, end."""
+    if len(tables):
+        ends = [*(np.flatnonzero(tables[1:] != tables[:-1]) + 1).tolist(), len(tables)]
+        starts = [0, *ends[:-1]]
+        yield from zip(tables[starts].tolist(), starts, ends, strict=True)
 
 
 def _model(frequencies: npt.NDArray[np.uint16]) -> Model:

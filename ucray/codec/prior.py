@@ -37,6 +37,7 @@ from ucray.codec.context import (
     context_inputs,
 )
 from ucray.codec.rate import COARSEST_LAMBDA, FINEST_LAMBDA, LARGEST_THRESHOLD, SLOPE
+from ucray.codec.trellis import SPACING, WIDENING
 from ucray.config import QUALITIES, CodecConfig
 
 Quality = TypeVar("Quality", float, Tensor)
@@ -107,17 +108,21 @@ class ContextPrior(nn.Module):
             gain = (log_gain * SCALE_UNITS).round() / SCALE_UNITS
             # The finest step gets STEP_UNITS units, so that rounding it to whole ones costs nothing.
             unit = torch.exp2(-gain.amax(dim=0)) / STEP_UNITS
+            spacing = 1 if self._config.first_dependent is None else SPACING
+            gain = gain - _widening(spacing)
+            step = torch.exp2(-gain) / (unit * spacing)
             return ContextModel(
                 groups=self._config.groups,
                 checkered=self._config.checkered,
                 code_stride=self._config.code_stride,
                 codebook=_whole(entries.cpu() * FEATURE_UNITS, np.int16),
                 unit=unit.numpy(),
-                step=_whole((torch.exp2(-gain) / unit).clamp(max=LARGEST_STEP), np.int32),
+                step=_whole(step.clamp(max=LARGEST_STEP), np.int32),
                 gain=_whole(gain * SCALE_UNITS, np.int16),
                 base=_whole(self.base.cpu() * SCALE_UNITS, np.int16),
                 deviation=self.deviation.cpu().numpy(),
                 networks=tuple(_whole_network(network) for network in self.networks),
+                spacing=spacing,
             )
 
     def from_integers(self, model: ContextModel) -> None:
@@ -125,7 +130,8 @@ class ContextPrior(nn.Module):
         knots = np.round(np.linspace(0, QUALITIES - 1, KNOTS)).astype(int)
         with torch.no_grad():
             self.base.copy_(torch.from_numpy(model.base.astype(np.float32) / SCALE_UNITS))
-            self.log_gain.copy_(torch.from_numpy(model.gain[knots].astype(np.float32) / SCALE_UNITS))
+            gain = model.gain[knots].astype(np.float32) / SCALE_UNITS + _widening(model.spacing)
+            self.log_gain.copy_(torch.from_numpy(gain))
             self.deviation.copy_(torch.from_numpy(model.deviation.copy()))
             for network, layers in zip(self.networks, model.networks, strict=True):
                 for linear, layer in zip(_linear_layers(network), layers, strict=True):
@@ -244,6 +250,11 @@ def rate_in_bits(values: Tensor, log_scale: Tensor) -> Tensor:
     # In the lower tail both terms are small and their difference keeps its precision.
     mass = torch.sigmoid((0.5 - size) / scale) - torch.sigmoid((-0.5 - size) / scale)
     return -torch.log2(mass.clamp_min(1e-9))
+
+
+def _widening(spacing: int) -> float:
+    """Octaves by which symbols lie further apart than in training, where they are rounded one by one."""
+    return math.log2(WIDENING) if spacing == SPACING else 0.0
 
 
 def _linear_layers(network: nn.Module) -> list[nn.Linear]:

@@ -12,16 +12,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ucray.codec import entropy
-from ucray.codec.context import Codes, ContextModel, Tables, Walk
+from ucray.codec.context import TABLES, Codes, ContextModel, Tables, Walk
 from ucray.codec.entropy import SILENT, FrequencyTables, SymbolReader
+from ucray.codec.path import best_symbols
 from ucray.codec.rate import LARGEST_THRESHOLD, SLOPE
+from ucray.codec.trellis import SPACING, WIDENING, Layout, levels_of
 from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
 LARGEST_SYMBOL = 32767
+LARGEST_SCALED = 2.0 * (LARGEST_SYMBOL - 2)
+"""Quantisation steps that a symbol on a path can stand for."""
 
 SMALLEST = 0.5
-"""Of a step: what is smaller is rounded to zero, but for a mean that says otherwise."""
+"""Of the space between symbols: what is smaller is rounded to zero, but for a mean that says otherwise."""
 
 PASS_BITS = 8.0
 """What a pass has to be worth beyond its own bits: it takes a decoder's time."""
@@ -38,7 +42,10 @@ class CodedLatents:
 
 @dataclass(frozen=True)
 class Symbols:
-    """What the entropy coder gets of one chunk: tables uint8 and symbols int16 of each coded pass, flat."""
+    """What the entropy coder gets of one chunk: tables uint8 and symbols int16 of each coded pass, flat.
+
+    Tables are those of the second quantiser where symbols are.
+    """
 
     codes: Codes
     tables: tuple[Tables, ...]
@@ -75,15 +82,16 @@ class StreamModel:
             uncoded = walk.rows(part, latents) / step[part.first : part.last]
             scaled = uncoded - mean / step[part.first : part.last]
             weight = np.ones((1, 1)) if weights is None else walk.cells(part, weights)
-            symbols = self._rounded(scaled, table, SLOPE / weight)
-            walk.put(part, mean, symbols)
-            tables.append(table.reshape(-1))
+            symbols, numbers = self._rounded(scaled, table, self._slope / weight)
+            levels = self._levels(symbols, numbers)
+            walk.put(part, mean, levels)
+            tables.append(numbers.reshape(-1))
             values.append(symbols.reshape(-1))
-            gains.append(float((weight * (np.square(uncoded) - np.square(scaled - symbols))).sum()))
+            gains.append(float((weight * (np.square(uncoded) - np.square(scaled - levels))).sum()))
         # The last passes are left out where all that they say is not worth its bits and its time.
         while tables:
             bits = self.frequencies.bits_of(tables[-1], values[-1]) + PASS_BITS
-            if gains[-1] > SLOPE * bits:
+            if gains[-1] > self._slope * bits:
                 break
             walk.leave_out(self.context.passes[len(tables) - 1])
             del tables[-1], values[-1], gains[-1]
@@ -94,7 +102,7 @@ class StreamModel:
     def encode(self, symbols: Symbols) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
         """Words of the entropy coder, and the symbols that no table holds."""
         parts = list(zip(symbols.tables, symbols.values, strict=True))
-        return entropy.encode(self.frequencies, symbols.codes, parts)
+        return entropy.encode(self.frequencies, symbols.codes, parts, self.frequencies.first_dependent)
 
     def decode(
         self,
@@ -118,19 +126,53 @@ class StreamModel:
         walk = Walk(self.context, codes, quality)
         for part in self.context.passes[:passes]:
             mean, table = walk.predict(part)
-            walk.put(part, mean, reader.symbols(table.reshape(-1)).reshape(table.shape))
+            read = reader.levels if self._dependent else reader.symbols
+            walk.put(part, mean, read(table.reshape(-1)).reshape(table.shape))
         reader.finish()
         return CodedLatents(codes, walk.latents, quality)
 
+    @property
+    def _dependent(self) -> bool:
+        return self.context.spacing == SPACING
+
+    @property
+    def _slope(self) -> float:
+        """Squared error, in squared quantisation steps, that a bit is worth."""
+        return SLOPE * (SPACING / WIDENING) ** 2 if self._dependent else SLOPE
+
     def _last_pass(self, walk: Walk, latents: npt.NDArray[np.float32], step: npt.NDArray[np.int32]) -> int:
         """How many passes hold all latents that are not rounded to zero: no later one is worth a look."""
+        smallest = SMALLEST * self.context.spacing
         for count in range(len(self.context.passes), 0, -1):
             part = self.context.passes[count - 1]
-            if (np.abs(walk.rows(part, latents)) > SMALLEST * step[part.first : part.last]).any():
+            if (np.abs(walk.rows(part, latents)) > smallest * step[part.first : part.last]).any():
                 return count
         return 0
 
+    def _levels(self, symbols: npt.NDArray[np.int16], tables: Tables) -> npt.NDArray[np.integer]:
+        return levels_of(symbols, tables >= TABLES) if self._dependent else symbols
+
     def _rounded(
+        self, scaled: npt.NDArray[np.float64], tables: Tables, slope: npt.NDArray[np.floating]
+    ) -> tuple[npt.NDArray[np.int16], Tables]:
+        """Symbols for what is coded, in quantisation steps, and their tables."""
+        if not self._dependent:
+            return self._rounded_alone(scaled, tables, slope), tables
+        first = self.frequencies.first_dependent
+        values, numbers = scaled.reshape(-1), tables.reshape(-1).copy()
+        slopes = np.broadcast_to(slope, scaled.shape).reshape(-1)
+        layout = Layout.of(numbers, first)
+        alone, on_paths = layout.order[: layout.plain], layout.order[layout.plain :]
+        symbols = np.zeros(len(numbers), dtype=np.int16)
+        symbols[alone] = self._rounded_alone(
+            values[alone] / SPACING, numbers[alone], slopes[alone] / SPACING**2
+        )
+        coded = np.clip(values[on_paths], -LARGEST_SCALED, LARGEST_SCALED)
+        symbols[on_paths], second = best_symbols(self.frequencies, layout, coded, slopes[on_paths])
+        numbers[on_paths] += ((TABLES - first) * second).astype(np.uint8)
+        return symbols.reshape(scaled.shape), numbers.reshape(scaled.shape)
+
+    def _rounded_alone(
         self, scaled: npt.NDArray[np.float64], tables: Tables, slope: npt.NDArray[np.floating]
     ) -> npt.NDArray[np.int16]:
         """Of two neighbouring symbols the one with the lower squared error + slope * bits."""

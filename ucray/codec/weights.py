@@ -32,12 +32,13 @@ from ucray.codec.context import (
 from ucray.codec.entropy import TOTAL, FrequencyTables
 from ucray.codec.residual import Reference
 from ucray.codec.stream import StreamModel
+from ucray.codec.trellis import SPACING
 from ucray.codec.unlapping import STAGES, Blocks, Unlapping, block_sizes
 from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import WeightsError
 
 FORMAT = "ucray-weights"
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 """Of the format, which is the last part of the key that FORMAT begins; see FORMAT.md."""
 
 DECODER_PARTS = ("stream", "student")
@@ -115,6 +116,7 @@ class Weights:
             config.code_stride,
             **{name: arrays[name] for name in names},  # type: ignore[arg-type]
             networks=networks,  # type: ignore[arg-type]
+            spacing=1 if config.first_dependent is None else SPACING,
         )
         tables = ("reach", "frequencies", "code_frequencies")
         return StreamModel(context, FrequencyTables(**{name: arrays[name] for name in tables}))  # type: ignore[arg-type]
@@ -225,7 +227,8 @@ class Weights:
             if array is None or array.dtype != dtype or (shape is not None and array.shape != shape):
                 raise WeightsError(f"the weights are damaged: table {name!r} is missing or misshapen")
         context, stream = self.stream.context, self.stream.frequencies
-        if stream.reach.shape != (TABLES,) or stream.frequencies.ndim != 1:
+        tables = 2 * TABLES - (config.first_dependent or TABLES)
+        if stream.reach.shape != (tables,) or stream.frequencies.ndim != 1:
             raise WeightsError("the weights are damaged: frequency tables are missing or misshapen")
         scales = np.concatenate([context.unit, context.deviation])
         if not (np.isfinite(scales).all() and (scales > 0).all()):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ucray.codec.codebook import quantise_codes
-from ucray.codec.context import FEATURE_UNITS
+from ucray.codec.context import FEATURE_UNITS, TABLES
 from ucray.codec.entropy import FrequencyTables, logistic_weights, to_frequencies
 from ucray.codec.lapping import Lapping
 from ucray.codec.linear import LinearSynthesis
@@ -25,6 +25,8 @@ from ucray.training.loss import Coder, in_fewer_bits
 
 PRIOR_COUNT = 400.0
 """Observations that the logistic prior is worth against the counted symbols of a table."""
+
+COUNTS_OF_PATHS = 2
 
 CALIBRATION_QUALITIES = tuple(range(16, QUALITIES, 32))
 
@@ -49,8 +51,8 @@ def to_weights(
     training: Mapping[str, Any],
 ) -> Weights:
     """Weights of trained networks; frequencies are counted on `batches` (batch, 1, z, y, x)."""
-    logistic = logistic_weights()
-    draft = StreamModel(
+    logistic = logistic_weights(config.first_dependent or TABLES)
+    stream = StreamModel(
         coder.prior.to_integers(coder.codebook.entries),
         FrequencyTables(
             reach=np.array([(len(w) - 2) // 2 for w in logistic], dtype=np.int16),
@@ -58,19 +60,18 @@ def to_weights(
             code_frequencies=_rows(np.ones((config.code_stages, config.codes))),
         ),
     )
-    counts = _count(config, coder, draft, batches)
-    counted = [
-        to_frequencies(count + prior / prior.sum() * PRIOR_COUNT)
-        for count, prior in zip(counts.by_table(), logistic, strict=True)
-    ]
-    frequencies = FrequencyTables(
-        reach=draft.frequencies.reach,
-        frequencies=np.concatenate(counted),
-        code_frequencies=_rows(counts.codes + 1.0),
-    )
-    tensors = stream_tensors(StreamModel(draft.context, frequencies)) | counts.reference(
-        coder.analysis.lapped
-    )
+    # Paths are chosen by the frequencies: what is counted with the logistic's says where to count again.
+    for _ in range(1 if config.first_dependent is None else COUNTS_OF_PATHS):
+        counts = _count(config, coder, stream, batches)
+        counted = [
+            to_frequencies(count + prior / prior.sum() * PRIOR_COUNT)
+            for count, prior in zip(counts.by_table(), logistic, strict=True)
+        ]
+        frequencies = FrequencyTables(
+            stream.frequencies.reach, np.concatenate(counted), _rows(counts.codes + 1.0)
+        )
+        stream = StreamModel(stream.context, frequencies)
+    tensors = stream_tensors(stream) | counts.reference(coder.analysis.lapped)
     tensors |= {f"analysis.{name}": _half(value) for name, value in coder.analysis.state_dict().items()}
     for part, module in (("teacher", teacher), ("student", student)):
         for name, value in module.state_dict().items():

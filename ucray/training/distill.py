@@ -264,7 +264,10 @@ class Trainer:
 
 
 def _without_decoders(config: CodecConfig) -> CodecConfig:
-    return replace(config, teacher=None, student=None, teacher_filter=None, student_filter=None)
+    """What training cannot change: decoders start anew, a trellis comes with the counts at the end."""
+    return replace(
+        config, teacher=None, student=None, teacher_filter=None, student_filter=None, first_dependent=None
+    )
 
 
 def _start_like(decoder: LinearSynthesis, stored: LinearSynthesis) -> None:

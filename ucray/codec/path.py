@@ -1,0 +1,94 @@
+"""The encoder's half of the trellis: the path of least squared error + slope * bits (Viterbi 1967)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ucray.codec.context import TABLES
+from ucray.codec.entropy import FrequencyTables
+from ucray.codec.trellis import NEXT, SPACING, STATES, Layout, levels_of
+
+Floats = npt.NDArray[np.float64]
+Costs = npt.NDArray[np.float32]
+Whole = npt.NDArray[np.int64]
+
+_HALF = STATES // 2
+
+_BRANCH = np.array(
+    [
+        [2 * (before % 2) + int(NEXT[1, before] == state) for state in range(STATES)
+         for before in [state // 2 + _HALF * later]]
+        for later in (0, 1)
+    ]
+)  # fmt: skip
+"""Branch to a state from state // 2, and from _HALF states later: 2 * quantiser + parity (2, states)."""
+
+
+def best_symbols(
+    frequencies: FrequencyTables, layout: Layout, scaled: Floats, slope: Floats
+) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
+    """Symbols on all paths of a pass, and which are of the second quantiser; both in the layout's order.
+
+    Parameters
+    ----------
+    scaled, slope
+        What is coded, in quantisation steps, and the squared error in squared steps that a bit is worth:
+        float64, of the symbols on paths, in the layout's order.
+    """
+    tables = layout.tables[layout.plain :]
+    symbols, costs = _branches(frequencies, tables, np.abs(scaled), slope)
+    paths, count = layout.paths, len(tables)
+    steps = -(-count // paths)
+    # What is missing on the last step costs nothing.
+    costs = np.pad(costs, ((0, 0), (0, steps * paths - count))).reshape(4, steps, paths)
+    branch = _best_branches(costs).reshape(-1)[:count]
+    chosen = symbols[branch, np.arange(count)]
+    return np.copysign(chosen, scaled).astype(np.int16), branch >= 2
+
+
+def _branches(
+    frequencies: FrequencyTables, tables: Whole, size: Floats, slope: Floats
+) -> tuple[Whole, Costs]:
+    """For each quantiser and parity the best symbol's size, and its cost: both (4, symbols)."""
+    shift = TABLES - frequencies.first_dependent
+    symbols = np.empty((4, len(tables)), dtype=np.int64)
+    costs = np.empty((4, len(tables)), dtype=np.float32)
+    for branch in range(4):
+        second, parity = divmod(branch, 2)
+        numbers = tables + second * shift
+        here = np.full(len(tables), bool(second))
+        # The two symbols of this parity between which the value lies.
+        place = (size + second) / SPACING
+        lower = np.maximum(2 * np.floor((place - parity) / 2).astype(np.int64) + parity, parity)
+        best, cost = lower, np.full(len(tables), np.inf)
+        for symbol in (lower, lower + 2):
+            error = np.square(size - levels_of(symbol, here))
+            found = error + slope * frequencies.bits_of_size(numbers, symbol)
+            better = found < cost
+            best, cost = np.where(better, symbol, best), np.where(better, found, cost)
+        symbols[branch], costs[branch] = best, cost
+    return symbols, costs
+
+
+def _best_branches(costs: Costs) -> npt.NDArray[np.intp]:
+    """The branches of the cheapest paths: costs (branches, steps, paths) to (steps, paths)."""
+    _, steps, paths = costs.shape
+    # Of each step: from the lower states and from the upper ones, two ways each.
+    ways = costs[_BRANCH].reshape(2, _HALF, 2, steps, paths).transpose(3, 0, 1, 2, 4)
+    ways = np.ascontiguousarray(ways)
+    total = np.full((2, _HALF, 1, paths), np.inf, dtype=costs.dtype)
+    total[0, 0] = 0.0
+    from_upper = np.empty((steps, STATES, paths), dtype=bool)
+    for step in range(steps):
+        lower, upper = total + ways[step]
+        np.less(upper, lower, out=from_upper[step].reshape(_HALF, 2, paths))
+        total = np.minimum(lower, upper).reshape(2, _HALF, 1, paths)
+    state = total.reshape(STATES, paths).argmin(axis=0)
+    place = np.arange(paths)
+    branches = np.empty((steps, paths), dtype=np.intp)
+    for step in reversed(range(steps)):
+        upper = from_upper[step, state, place]
+        branches[step] = _BRANCH[upper.astype(np.intp), state]
+        state = state // 2 + _HALF * upper
+    return branches

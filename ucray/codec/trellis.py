@@ -1,0 +1,83 @@
+"""Dependent quantisation: which of two quantisers a symbol is of, by the parities of those before it.
+
+Both quantisers have every second point of a finer one, and zero. What a symbol may say so depends on the path
+through a trellis of eight states, and the paths together lie denser in space than any grid of symbols
+rounded one by one: at most 1.1 dB less error at equal rate (Marcellin and Fischer 1990, "Trellis coded
+quantization"; with zero in both, Schwarz, Nguyen, Marpe and Wiegand 2019, "Hybrid video coding with
+trellis-coded quantization"). `ucray.codec.path` finds the path. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ucray.codec.context import TABLES, Tables
+
+STATES = 8
+
+NEXT = np.array([[0, 3, 5, 6, 1, 2, 4, 7], [1, 2, 4, 7, 0, 3, 5, 6]], dtype=np.intp)
+"""State after a symbol (parity, state); the state is of the second quantiser where it is odd.
+
+States 2 s and 2 s + 1, modulo 8, follow on s, as in Ungerboeck's trellis of eight states.
+"""
+
+STEPS = 128
+"""Symbols of a path."""
+
+FEWEST_PATHS = 8
+"""Of a pass: an encoder goes along all of them together."""
+
+SPACING = 2
+"""Quantisation steps from one point of a quantiser to the next."""
+
+WIDENING = 2.0**0.25
+"""That space against the step of a rounding one by one that makes about as large an error."""
+
+
+def paths_for(count: int) -> int:
+    """How many paths so many symbols are laid on."""
+    return max(FEWEST_PATHS, -(-count // STEPS))
+
+
+def levels_of(symbols: npt.NDArray[np.integer], second: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Quantisation steps that symbols stand for, of the first quantiser or the second."""
+    wide = symbols.astype(np.int64)
+    levels: npt.NDArray[np.int64] = SPACING * wide - np.sign(wide) * second
+    return levels
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Order of the symbols of one pass.
+
+    Those of table 0 are not coded. The others go by table, then by place; those of table `first` and later
+    ones are laid on paths in that order, one on each path and then from the first path on again.
+
+    Parameters
+    ----------
+    order
+        Places of all coded symbols, in their order.
+    plain
+        How many of them are on no path.
+    tables
+        In that order.
+    """
+
+    order: npt.NDArray[np.int64]
+    plain: int
+    tables: npt.NDArray[np.int64]
+
+    @staticmethod
+    def of(tables: Tables, first: int) -> Layout:
+        """Layout of tables, flat."""
+        counts = np.bincount(tables, minlength=TABLES)
+        order = np.argsort(tables, kind="stable")[counts[0] :]
+        return Layout(order, int(counts[1:first].sum()), tables[order].astype(np.int64))
+
+    @property
+    def paths(self) -> int:
+        """Paths of this pass."""
+        return paths_for(len(self.order) - self.plain)
