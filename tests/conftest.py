@@ -60,6 +60,9 @@ TINY_FILTERED = msgspec.structs.replace(
 )
 """With post-filters: weights of version 2."""
 
+TINY_DEPENDENT = msgspec.structs.replace(TINY, first_dependent=18)
+"""With a trellis: weights of version 3."""
+
 TINY_ANISOTROPIC = msgspec.structs.replace(TINY, levels=(0, 2, 2), latent_stride=(1, 2, 2))
 """For thick slices: 2 x 16 x 16 voxels a code."""
 
@@ -86,6 +89,12 @@ def tiny_weights() -> Weights:
 def filtered_weights() -> Weights:
     """Like `tiny_weights`, for `TINY_FILTERED`."""
     return build_weights(TINY_FILTERED, seed=3)
+
+
+@pytest.fixture(scope="session")
+def dependent_weights() -> Weights:
+    """Like `tiny_weights`, for `TINY_DEPENDENT`."""
+    return build_weights(TINY_DEPENDENT, seed=1)
 
 
 @pytest.fixture(scope="session")

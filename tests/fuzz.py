@@ -15,7 +15,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from conftest import TINY, build_weights, smooth_volume_of
+from conftest import TINY_DEPENDENT, build_weights, smooth_volume_of
 from numpy.random import Generator
 
 from ucray.codec.bitstream import HEADER, MAGIC, VERSION, VERSION_SHIFT
@@ -34,7 +34,7 @@ INTERESTING = (0x00, 0x01, 0x7F, 0x80, 0xFF)
 @cache
 def weights() -> Weights:
     """The weights that hostile chunks pretend to be coded with."""
-    return build_weights(TINY, seed=1)
+    return build_weights(TINY_DEPENDENT, seed=1)
 
 
 @cache

@@ -1,0 +1,314 @@
+"""Dependent quantisation: the law of the paths, the encoder's best path, weights of version 3."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from conftest import TINY, TINY_DEPENDENT, SmoothVolume
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from msgspec.structs import replace
+from test_entropy import rans_words
+
+from ucray.codec import entropy
+from ucray.codec.chunk import ChunkFormat
+from ucray.codec.context import TABLES, Tables
+from ucray.codec.decoder import ChunkDecoder
+from ucray.codec.encoder import ChunkEncoder
+from ucray.codec.entropy import SILENT, FrequencyTables, SymbolReader, logistic_weights, to_frequencies
+from ucray.codec.path import best_symbols
+from ucray.codec.rate import SLOPE
+from ucray.codec.trellis import FEWEST_PATHS, NEXT, SPACING, STATES, STEPS, WIDENING, Layout, paths_for
+from ucray.codec.weights import FORMAT, Weights
+from ucray.config import QUALITIES, CodecConfig
+from ucray.errors import ChunkError, WeightsError
+from ucray.settings import TrainingConfig
+from ucray.training.distill import Trainer
+
+FIRST = 18
+SHIFT = TABLES - FIRST
+
+Symbols = npt.NDArray[np.int32]
+
+
+def build_frequencies(first: int) -> FrequencyTables:
+    """Logistic tables, of both quantisers from `first` on; no codes."""
+    logistic = logistic_weights(first)
+    return FrequencyTables(
+        reach=np.array([(len(w) - 2) // 2 for w in logistic], np.int16),
+        frequencies=np.concatenate([to_frequencies(w) for w in logistic]),
+        code_frequencies=np.empty((0, 0), np.uint16),
+    )
+
+
+FREQUENCIES = build_frequencies(FIRST)
+
+
+def order_reference(tables: Tables) -> list[int]:
+    """Places of coded symbols: by table, then place."""
+    return sorted((n for n in range(len(tables)) if tables[n] != SILENT), key=lambda n: (tables[n], n))
+
+
+def quantisers_reference(tables: Tables, symbols: Symbols) -> list[int]:
+    """0 or 1 for each symbol: FORMAT.md's law, one symbol after the other."""
+    found = [0] * len(tables)
+    on_paths = [place for place in order_reference(tables) if tables[place] >= FIRST]
+    paths = max(8, -(-len(on_paths) // 128))
+    states = [0] * paths
+    for number, place in enumerate(on_paths):
+        state = states[number % paths]
+        found[place] = state % 2
+        ones = bin(state).count("1") + int(symbols[place])
+        states[number % paths] = (2 * state + ones % 2) % 8
+    return found
+
+
+def numbered(tables: Tables, symbols: Symbols) -> Tables:
+    """Tables with those of the second quantiser for its symbols."""
+    return (tables + SHIFT * np.array(quantisers_reference(tables, symbols), int)).astype(np.uint8)
+
+
+# The widest table reaches to 384.
+some_symbols = st.integers(-3, 3) | st.integers(-32767, 32767)
+
+
+@st.composite
+def some_pass(draw: st.DrawFn) -> tuple[Tables, Symbols]:
+    """Any tables and symbols; the silent table has zeros alone."""
+    length = draw(st.integers(0, 60))
+    tables = draw(arrays(np.uint8, length, elements=st.integers(0, TABLES - 1)))
+    symbols = draw(arrays(np.int32, length, elements=some_symbols))
+    return tables, symbols * (tables != SILENT)
+
+
+@given(st.lists(some_pass(), max_size=3))
+def test_levels_follow_from_the_law(parts: list[tuple[Tables, Symbols]]) -> None:
+    coded = [(numbered(*part), part[1]) for part in parts]
+    reader = SymbolReader(FREQUENCIES, *entropy.encode(FREQUENCIES, None, coded, FIRST))
+    for (tables, symbols), (numbers, _) in zip(parts, coded, strict=True):
+        levels = reader.levels(tables)
+        for place, symbol in enumerate(symbols.tolist()):
+            nearer = (symbol > 0) - (symbol < 0) if numbers[place] >= TABLES else 0
+            assert levels[place] == 2 * symbol - nearer
+    reader.finish()
+
+
+@settings(max_examples=25)
+@given(st.lists(some_pass(), max_size=3))
+def test_words_follow_from_whole_numbers(parts: list[tuple[Tables, Symbols]]) -> None:
+    coded = [(numbered(*part), part[1]) for part in parts]
+    letters = []
+    for (tables, symbols), (numbers, _) in zip(parts, coded, strict=True):
+        for place in order_reference(tables):
+            reach, symbol = int(FREQUENCIES.reach[numbers[place]]), int(symbols[place])
+            letter = symbol + reach if abs(symbol) <= reach else 2 * reach + 1
+            letters.append((letter, FREQUENCIES.tables[numbers[place]].tolist()))
+    words, _ = entropy.encode(FREQUENCIES, None, coded, FIRST)
+    assert words.tolist() == rans_words(letters)
+
+
+def test_missing_escapes_on_a_path_are_refused() -> None:
+    tables = np.full(40, 30, np.uint8)
+    symbols = np.zeros(40, np.int32)
+    symbols[[3, 20]] = 30000, -30000
+    words, escapes = entropy.encode(FREQUENCIES, None, [(numbered(tables, symbols), symbols)], FIRST)
+    assert escapes.tolist() == [30000, -30000]
+    with pytest.raises(ChunkError, match="do not fill"):
+        SymbolReader(FREQUENCIES, words, escapes[:1]).levels(tables)
+
+
+def test_states_form_a_trellis() -> None:
+    """Two states lead to each, by one symbol each; an odd and an even symbol lead to different ones."""
+    for state in range(STATES):
+        followers = NEXT[:, state].tolist()
+        assert sorted(followers) == sorted({2 * state % STATES, (2 * state + 1) % STATES})
+    assert all(np.bincount(NEXT.reshape(-1), minlength=STATES) == 2)
+
+
+def test_tables_of_the_second_quantiser_hold_the_mass_about_its_points() -> None:
+    tables = logistic_weights(FIRST)
+    assert len(tables) == TABLES + SHIFT
+    for table in (FIRST, 40, TABLES - 1):
+        weights, scale = tables[table + SHIFT], 2.0 ** (-4.5 + table / 8)
+        reach = (len(weights) - 2) // 2
+        # Its points are 0, 1/2, 3/2, ...: half way lie 1/4, 1, 2, ...
+        for symbol, (low, high) in {0: (-0.25, 0.25), 1: (0.25, 1.0), 2: (1.0, 2.0)}.items():
+            mass = 1.0 / (1.0 + np.exp(-high / scale)) - 1.0 / (1.0 + np.exp(-low / scale))
+            for sign in (-1, 1):
+                assert weights[reach + sign * symbol] == pytest.approx(mass, abs=1e-15)
+
+
+def layout_of(tables: Tables) -> Layout:
+    return Layout.of(tables, FIRST)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1))
+def test_the_path_that_is_found_is_the_cheapest(seed: int) -> None:
+    """Against all symbols from -4 to 4 on paths of four symbols."""
+    random = np.random.default_rng(seed)
+    tables = random.integers(FIRST, 48, 4 * FEWEST_PATHS).astype(np.uint8)
+    layout = layout_of(tables)
+    used = layout.tables
+    scaled = random.uniform(-6.0, 6.0, len(tables))
+    slope = random.uniform(0.0, 0.6, len(tables))
+    symbols, second = best_symbols(FREQUENCIES, layout, scaled, slope)
+
+    def cost(place: int, symbol: int, odd: int) -> float:
+        level = 2 * symbol - odd * ((symbol > 0) - (symbol < 0))
+        number = np.array([used[place] + SHIFT * odd])
+        bits = float(FREQUENCIES.bits_of_size(number, np.array([abs(symbol)]))[0])
+        return float((scaled[place] - level) ** 2 + slope[place] * bits)
+
+    for path in range(FEWEST_PATHS):
+        places = range(path, len(tables), FEWEST_PATHS)
+        found, state = 0.0, 0
+        for place in places:
+            assert bool(state % 2) == second[place]
+            found += cost(place, int(symbols[place]), state % 2)
+            state = int(NEXT[int(symbols[place]) % 2, state])
+        costs = {
+            (place, symbol, odd): cost(place, symbol, odd)
+            for place in places
+            for symbol in range(-4, 5)
+            for odd in (0, 1)
+        }
+        least = np.inf
+        for tried in itertools.product(range(-4, 5), repeat=4):
+            total, state = 0.0, 0
+            for place, symbol in zip(places, tried, strict=True):
+                total += costs[place, symbol, state % 2]
+                state = int(NEXT[symbol % 2, state])
+            least = min(least, total)
+        # Sums of float32 numbers up to a few tens.
+        assert found == pytest.approx(least, abs=1e-4)
+
+
+def test_paths_lie_denser_than_symbols_alone() -> None:
+    """Without regard to bits: the theory's granular gain of eight states is 1.1 dB."""
+    random = np.random.default_rng(4)
+    tables = np.full(64 * STEPS, TABLES - 1, np.uint8)
+    scaled = random.uniform(-100.0, 100.0, len(tables))
+    symbols, second = best_symbols(FREQUENCIES, layout_of(tables), scaled, np.zeros(len(tables)))
+    levels = SPACING * symbols - np.sign(symbols) * second
+    alone = SPACING**2 / 12.0
+    gain = 10.0 * np.log10(alone / np.mean(np.square(scaled - levels)))
+    assert 1.0 < gain < 1.2
+    assert paths_for(len(tables)) == 64
+
+
+def test_the_largest_values_find_symbols() -> None:
+    tables = np.full(16, TABLES - 1, np.uint8)
+    scaled = np.array([65530.0, -65530.0] * 8)
+    symbols, second = best_symbols(FREQUENCIES, layout_of(tables), scaled, np.zeros(16))
+    levels = SPACING * symbols.astype(int) - np.sign(symbols) * second
+    assert np.abs(levels - scaled).max() <= SPACING
+
+
+def latents_of(weights: Weights, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Random codes, and latents of the weights' own spread."""
+    random = np.random.default_rng(seed)
+    config, context = weights.config, weights.stream.context
+    codes = random.integers(0, config.codes, (config.code_stages, 2, 2, 2)).astype(np.uint8)
+    spread = context.deviation / context.unit
+    return codes, (random.standard_normal((4, 4, 4, config.latents)) * spread).astype(np.float32)
+
+
+@pytest.mark.parametrize("quality", [0, 60, 200, 255])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_stream_decodes_to_what_was_quantised(
+    quality: int, weighed: bool, dependent_weights: Weights
+) -> None:
+    stream = dependent_weights.stream
+    codes, latents = latents_of(dependent_weights, 1)
+    weights = np.random.default_rng(2).uniform(0.2, 5.0, (4, 4, 4)) if weighed else None
+    symbols, quantised = stream.quantise(codes, latents, quality, weights)
+    decoded = stream.decode(*stream.encode(symbols), (2, 2, 2), quality, len(symbols.tables))
+    np.testing.assert_array_equal(decoded.latents, quantised.latents)
+    if quality == 200:
+        assert (np.concatenate(symbols.tables) >= TABLES).mean() > 0.1
+
+
+def cost_of(weights: Weights, quality: int) -> float:
+    """Squared error + slope * bits of random latents, in squared steps of rounding one by one."""
+    stream = weights.stream
+    codes, latents = latents_of(weights, 3)
+    symbols, quantised = stream.quantise(codes, latents, quality)
+    alone = stream.context.step[quality] * (1.0 if weights.config.first_dependent is None else 2 / WIDENING)
+    error = np.square((latents - quantised.latents) / alone).sum()
+    words, _ = stream.encode(symbols)
+    return float(error + SLOPE * 32 * len(words))
+
+
+def test_error_and_bits_together_are_less_than_without(
+    tiny_weights: Weights, dependent_weights: Weights
+) -> None:
+    """Of the same networks, at the same worth of a bit; at fine qualities by a bit for seven latents."""
+    for quality in (120, 200, 255):
+        assert cost_of(dependent_weights, quality) < cost_of(tiny_weights, quality)
+
+
+def test_chunks_come_back(
+    dependent_weights: Weights, chunk_format: Callable[[str], ChunkFormat], smooth_volume: SmoothVolume
+) -> None:
+    chunk = chunk_format("float32")
+    voxels = smooth_volume(chunk.shape, 5) * chunk.scale + chunk.offset
+    encoder = ChunkEncoder(dependent_weights, chunk)
+    (draft,) = encoder.drafts([voxels.astype(np.float32)], 200)
+    packed = encoder.pack(draft)
+    decoded = ChunkDecoder(dependent_weights.decoder(), chunk).decode(packed.data)
+    assert np.mean(np.square(decoded - voxels)) == pytest.approx(packed.error.mse, rel=1e-3)
+
+
+def test_weights_with_a_trellis_are_of_version_3_and_say_so(dependent_weights: Weights) -> None:
+    data = dependent_weights.to_bytes()
+    read = Weights.from_bytes(data)
+    assert read.config == dependent_weights.config
+    assert read.config.version == 3
+    assert read.digest == dependent_weights.digest
+    assert f'"{FORMAT}-3"'.encode() in data
+    assert "first_dependent" not in TINY.to_json()
+    assert len(dependent_weights.stream.frequencies.reach) == 2 * TABLES - 18
+
+
+@pytest.mark.parametrize("first", [19, 17, None])
+def test_tables_that_do_not_fit_the_trellis_are_refused(
+    first: int | None, dependent_weights: Weights
+) -> None:
+    config = replace(dependent_weights.config, first_dependent=first)
+    with pytest.raises(WeightsError, match="damaged"):
+        Weights(config, dependent_weights.tensors).check_stream()
+
+
+@pytest.mark.parametrize("first", [0, 85, "18"])
+def test_a_trellis_that_begins_nowhere_is_refused(first: object, dependent_weights: Weights) -> None:
+    plain = dependent_weights.config.to_json() | {"first_dependent": first}
+    with pytest.raises(ValueError, match="first_dependent"):
+        CodecConfig.parse(json.loads(json.dumps(plain)))
+
+
+def test_training_on_gives_a_stream_its_trellis(tiny_weights: Weights, smooth_volume: SmoothVolume) -> None:
+    """Symbols lie a quarter octave further apart then, on paths whose steps are half of that."""
+    settings = TrainingConfig(teacher_steps=0, student_steps=1, learning_rate=1e-9)
+    trainer = Trainer(TINY_DEPENDENT, settings, start=tiny_weights)
+    tiles = torch.from_numpy(np.stack([smooth_volume((32, 32, 32), n) for n in (1, 2)])[:, None])
+    trainer.step(tiles)
+    made = trainer.finish([tiles], {})
+    assert made.config.first_dependent == 18
+    before, after = tiny_weights.stream.context, made.stream.context
+    wanted = before.step * (WIDENING / SPACING)
+    # Steps are whole; gains are, before and after, to a sixteenth of an octave between knots.
+    np.testing.assert_allclose(after.step[[0, QUALITIES - 1]], wanted[[0, QUALITIES - 1]], rtol=0.03)
+    np.testing.assert_array_equal(after.gain[[0, -1]], before.gain[[0, -1]] - 4)
+    again = Trainer(made.config, settings, start=made)
+    again.step(tiles)
+    kept = again.finish([tiles], {}).stream.context
+    np.testing.assert_array_equal(kept.gain, after.gain)
+    np.testing.assert_array_equal(kept.step, after.step)
