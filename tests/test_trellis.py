@@ -72,7 +72,9 @@ def quantisers_reference(tables: Tables, symbols: Symbols) -> list[int]:
 
 def numbered(tables: Tables, symbols: Symbols) -> Tables:
     """Tables with those of the second quantiser for its symbols."""
-    return (tables + SHIFT * np.array(quantisers_reference(tables, symbols), int)).astype(np.uint8)
+    quantisers = np.array(quantisers_reference(tables, symbols), np.uint8)
+    numbers: Tables = tables + np.uint8(SHIFT) * quantisers
+    return numbers
 
 
 # The widest table reaches to 384.
@@ -264,7 +266,8 @@ def test_chunks_come_back(
     (draft,) = encoder.drafts([voxels.astype(np.float32)], 200)
     packed = encoder.pack(draft)
     decoded = ChunkDecoder(dependent_weights.decoder(), chunk).decode(packed.data)
-    assert np.mean(np.square(decoded - voxels)) == pytest.approx(packed.error.mse, rel=1e-3)
+    error = np.mean(np.square(decoded.astype(np.float64) - voxels))
+    assert error == pytest.approx(packed.error.mse, rel=1e-3)
 
 
 def test_weights_with_a_trellis_are_of_version_3_and_say_so(dependent_weights: Weights) -> None:

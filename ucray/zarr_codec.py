@@ -24,7 +24,7 @@ from zarr.core.common import parse_named_configuration
 from ucray.codec.chunk import DTYPES, ChunkFormat
 from ucray.codec.decoder import ChunkDecoder, device_for
 from ucray.codec.fill import unpack_exactly
-from ucray.codec.weights import Weights
+from ucray.codec.weights import VERSIONS, Weights
 from ucray.config import QUALITIES
 from ucray.errors import ArchiveError, DtypeError, SettingsError, WeightsError
 from ucray.grid import triple
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from ucray.codec.encoder import ChunkEncoder
 
 NAME = "ucray"
-VERSIONS = (1, 2)
-"""Of the configuration: that of the weights in it."""
-
 WEIGHTS_LEVEL = 19
 """zstd level of the weights in the metadata."""
 
@@ -84,7 +81,7 @@ class UcrayCodec(ArrayBytesCodec):
             configuration: dict[str, Any] = dict(parsed)
             version = configuration["version"]
             if version not in VERSIONS:
-                known = " and ".join(map(str, VERSIONS))
+                known = ", ".join(map(str, VERSIONS))
                 raise ArchiveError(f"the archive is of codec version {version}; this ucray reads {known}")
             offset, scale = float(configuration["offset"]), float(configuration["scale"])
             quality = int(configuration["quality"])

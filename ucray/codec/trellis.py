@@ -19,10 +19,10 @@ from ucray.codec.context import TABLES, Tables
 STATES = 8
 
 NEXT = np.array([[0, 3, 5, 6, 1, 2, 4, 7], [1, 2, 4, 7, 0, 3, 5, 6]], dtype=np.intp)
-"""State after a symbol (parity, state): twice the state, modulo 8, and one more where symbol and ones are odd.
+"""State after a symbol (parity, state): twice the state, modulo 8, and one more where symbol + ones is odd.
 
-The ones are those of the state in binary; an odd state is of the second quantiser. It is Ungerboeck's trellis
-of eight states.
+The ones are those of the state in binary; an odd state is of the second quantiser. It is Ungerboeck's
+trellis of eight states.
 """
 
 STEPS = 128

@@ -39,7 +39,7 @@ from ucray.errors import WeightsError
 
 FORMAT = "ucray-weights"
 VERSIONS = (1, 2, 3)
-"""Of the format, which is the last part of the key that FORMAT begins; see FORMAT.md."""
+"""Of the format, which is the last part of the key that FORMAT begins, and the zarr codec's: FORMAT.md."""
 
 DECODER_PARTS = ("stream", "student")
 BOUNDED_PARTS = ("stream", "reference")
