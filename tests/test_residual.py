@@ -16,7 +16,7 @@ from numcodecs import zstd
 from ucray.codec.bitstream import ResidualBody
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.context import TABLES
-from ucray.codec.entropy import FrequencyTables
+from ucray.codec.entropy import SILENT, FrequencyTables
 from ucray.codec.residual import (
     Reference,
     Residual,
@@ -47,9 +47,10 @@ def _residual(
     voxels: npt.NDArray[Any],
     predicted: npt.NDArray[np.float64],
     bound: float,
+    tables: FrequencyTables,
     kept: npt.NDArray[np.bool_] = EVERYWHERE,
 ) -> Residual:
-    residual = residual_of(voxels, kept, predicted, bound, CELL)
+    residual = residual_of(voxels, kept, predicted, bound, CELL, tables)
     assert residual is not None
     return residual
 
@@ -58,7 +59,7 @@ def through(
     voxels: npt.NDArray[Any], predicted: npt.NDArray[np.float64], bound: float, tables: FrequencyTables
 ) -> npt.NDArray[Any]:
     """Voxels after residual, entropy coder and back."""
-    body = encode_residual(_residual(voxels, predicted, bound), tables)
+    body = encode_residual(_residual(voxels, predicted, bound, tables), tables)
     residual = decode_residual(body, tables, 8, 32)
     return np.asarray(apply_residual(predicted, residual, str(voxels.dtype), CELL))
 
@@ -96,19 +97,39 @@ def test_float_voxels_stay_within_their_bound(
     assert np.abs(decoded.astype(np.float64) - voxels).max() <= bound + 3e-5
 
 
+@pytest.mark.parametrize("bound", [0.0, 3.0, 9.0])
+def test_every_cell_has_the_table_that_codes_it_in_the_fewest_bits(
+    frequencies: FrequencyTables, bound: float
+) -> None:
+    """Residuals of a wide bound are zero but for a few: their mean size says little of their table."""
+    random = np.random.default_rng(3)
+    spread = np.repeat([0.5, 1.0, 2.0, 4.0], 64).reshape(SHAPE)
+    voxels = np.clip(128 + spread * random.laplace(0, 4, SHAPE), 0, 255).astype(np.uint8)
+    residual = _residual(voxels, np.full(SHAPE, 128.0), bound, frequencies)
+    for table, values in zip(residual.tables, residual.values, strict=True):
+        assert values.any() == (table != SILENT)
+        if table == SILENT:
+            continue
+        bits = [
+            frequencies.bits_of(np.full(len(values), other, np.uint8), values) for other in range(1, TABLES)
+        ]
+        # Sums of 32 float32 numbers.
+        assert bits[table - 1] == pytest.approx(min(bits), abs=1e-3)
+
+
 def test_voxels_that_do_not_count_cost_nothing(frequencies: FrequencyTables) -> None:
     voxels = np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8)
-    residual = _residual(voxels, np.zeros(SHAPE), 0.0, np.zeros(SHAPE, bool))
+    residual = _residual(voxels, np.zeros(SHAPE), 0.0, frequencies, np.zeros(SHAPE, bool))
     assert not residual.values.any()
     assert len(encode_residual(residual, frequencies).words) == 0
 
 
 @pytest.mark.parametrize("far", [2.5e15, 1e20, 3e38], ids=str)
-def test_residuals_that_no_chunk_can_hold_are_none(far: float) -> None:
+def test_residuals_that_no_chunk_can_hold_are_none(frequencies: FrequencyTables, far: float) -> None:
     """One voxel that far from its prediction: beyond 31 bits, 53 bits, and 63 bits."""
     voxels = np.random.default_rng(0).random(SHAPE).astype(np.float32)
     voxels[1, 2, 3] = far
-    assert residual_of(voxels, EVERYWHERE, np.zeros(SHAPE), 0.05, CELL) is None
+    assert residual_of(voxels, EVERYWHERE, np.zeros(SHAPE), 0.05, CELL, frequencies) is None
 
 
 def test_a_prediction_is_exact_in_any_order() -> None:
@@ -139,7 +160,7 @@ def test_damaged_bodies_are_refused(frequencies: FrequencyTables, shift: int) ->
     random = np.random.default_rng(2)
     voxels = random.integers(0, 60000, SHAPE).astype(np.uint16)
     predicted = voxels.astype(np.float64) + np.rint(random.normal(0, 400 if shift else 5, SHAPE))
-    body = encode_residual(_residual(voxels, predicted, 0.0), frequencies)
+    body = encode_residual(_residual(voxels, predicted, 0.0, frequencies), frequencies)
     assert (body.shift > 0) == (shift > 0)
     full = bytes(zstd.compress(bytes([TABLES]) * 8, 1))
     spoilt: list[ResidualBody] = [

@@ -256,7 +256,8 @@ class ChunkEncoder:
             # A decoded voxel is rounded to float32 in the end, by half a unit in its last place.
             largest = np.float32(np.abs(voxels[~mask]).max()) + np.float32(bound)
             bound = max(bound - float(np.spacing(largest)) / 2, bound / 2)
-        residual = residual_of(self._padded(voxels), kept, predicted, bound, cell)
+        frequencies = self.stream.frequencies
+        residual = residual_of(self._padded(voxels), kept, predicted, bound, cell, frequencies)
         if residual is None:
             return replace(draft, mask=b"")
         decoded = apply_residual(predicted, residual, self.format.dtype, cell)[inside]

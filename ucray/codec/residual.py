@@ -19,7 +19,7 @@ from numcodecs import zstd
 from ucray.codec import entropy
 from ucray.codec.bitstream import ResidualBody
 from ucray.codec.chunk import ChunkFormat, Voxels
-from ucray.codec.context import SCALE_UNITS, TABLE_OCTAVES, TABLE_UNITS, TABLES
+from ucray.codec.context import TABLES
 from ucray.codec.entropy import SILENT, FrequencyTables, SymbolReader
 from ucray.codec.fill import unpack_exactly
 from ucray.codec.unlapping import VALUE_SHIFT, Unlapping
@@ -34,6 +34,9 @@ TABLE_LEVEL = 3
 
 LARGEST_SCALE = 16.0
 """Residuals of a larger mean size leave their low bits uncoded."""
+
+LARGEST_SEEN = 255
+"""Sizes beyond count as this where a table is chosen."""
 
 LARGEST_SHIFT = 24
 
@@ -105,10 +108,11 @@ def residual_of(
     predicted: npt.NDArray[np.float64],
     max_error: float,
     cell: Shape3,
+    frequencies: FrequencyTables,
 ) -> Residual | None:
     """Residuals that bring every voxel within `max_error` of itself; zero where `kept` is False.
 
-    None where they are too large to be written.
+    Each cell gets the table that codes it in the fewest bits. None where they are too large to be written.
     """
     step = _step(voxels.dtype, max_error)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -122,18 +126,24 @@ def residual_of(
     high = whole >> shift
     if np.abs(high).max() >= LARGEST_HIGH:
         return None
-    size = np.abs(high).mean(axis=1)
-    # The mean size of a logistic of scale s is 2 ln(2) s.
-    octaves = np.log2(np.maximum(size, 1e-9) / (2.0 * math.log(2.0))) - TABLE_OCTAVES[0]
-    tables = np.clip(np.rint(octaves * SCALE_UNITS / TABLE_UNITS), SILENT + 1, TABLES - 1)
-    tables[size == 0.0] = SILENT
     return Residual(
         max_error,
         shift,
-        tables.astype(np.uint8),
+        _shortest(np.abs(high), frequencies),
         high.astype(np.int32),
         _packed(whole - (high << shift), shift),
     )
+
+
+def _shortest(sizes: Whole, frequencies: FrequencyTables) -> npt.NDArray[np.uint8]:
+    """The table of fewest bits for each cell, from sizes (cells, voxels); SILENT where all are zero."""
+    cells = len(sizes)
+    seen = np.minimum(sizes, LARGEST_SEEN) + (LARGEST_SEEN + 1) * np.arange(cells)[:, None]
+    counts = np.bincount(seen.reshape(-1), minlength=cells * (LARGEST_SEEN + 1)).reshape(cells, -1)
+    letters = np.arange(LARGEST_SEEN + 1)
+    bits = np.stack([frequencies.bits_of_size(np.full_like(letters, t), letters) for t in range(1, TABLES)])
+    tables = 1 + (counts.astype(np.float32) @ bits.T).argmin(axis=1)
+    return np.where(counts[:, 0] == sizes.shape[1], SILENT, tables).astype(np.uint8)
 
 
 def apply_residual(
