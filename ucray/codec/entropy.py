@@ -24,6 +24,9 @@ from ucray.errors import ChunkError
 TOTAL = 1 << 16
 """Sum of the frequencies of every table."""
 
+LARGEST_SEEN = 255
+"""Sizes beyond count as this where an encoder chooses between symbols or tables."""
+
 SILENT = 0
 """The table that codes nothing: its symbols are zero."""
 
@@ -102,6 +105,15 @@ class FrequencyTables:
         escaped = sizes > self._reach[tables]
         letters = self._middles[tables] + np.minimum(sizes, self._reach[tables] + 1)
         return np.asarray(self._letter_bits[letters] + np.float32(16.0) * escaped)
+
+    @cached_property
+    def size_bits(self) -> npt.NDArray[np.float32]:
+        """`bits_of_size` of all tables and of sizes up to LARGEST_SEEN: (tables, sizes)."""
+        sizes = np.arange(LARGEST_SEEN + 1)
+        tables = np.arange(len(self.reach))
+        return self.bits_of_size(tables.repeat(len(sizes)), np.tile(sizes, len(tables))).reshape(
+            len(tables), -1
+        )
 
     def letters_of(self, tables: Tables, symbols: Symbols) -> npt.NDArray[np.int64]:
         """Places in `frequencies` of symbols that are coded with tables, both flat; none for silent ones."""

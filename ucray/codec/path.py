@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from ucray.codec.context import TABLES
 from ucray.codec.entropy import FrequencyTables
-from ucray.codec.trellis import NEXT, SPACING, STATES, Layout, levels_of
+from ucray.codec.trellis import NEXT, SPACING, STATES, Layout
 
 Floats = npt.NDArray[np.float64]
 Costs = npt.NDArray[np.float32]
@@ -49,25 +49,25 @@ def best_symbols(
 
 def _branches(
     frequencies: FrequencyTables, tables: Whole, size: Floats, slope: Floats
-) -> tuple[Whole, Costs]:
+) -> tuple[Floats, Costs]:
     """For each quantiser and parity the best symbol's size, and its cost: both (4, symbols)."""
-    shift = TABLES - frequencies.first_dependent
-    symbols = np.empty((4, len(tables)), dtype=np.int64)
-    costs = np.empty((4, len(tables)), dtype=np.float32)
+    bits, shift = frequencies.size_bits, TABLES - frequencies.first_dependent
+    largest = bits.shape[1] - 1
+    symbols, costs = np.empty((4, len(tables))), np.empty((4, len(tables)), dtype=np.float32)
     for branch in range(4):
         second, parity = divmod(branch, 2)
-        numbers = tables + second * shift
-        here = np.full(len(tables), bool(second))
+        row = (tables + second * shift) * bits.shape[1]
         # The two symbols of this parity between which the value lies.
-        place = (size + second) / SPACING
-        lower = np.maximum(2 * np.floor((place - parity) / 2).astype(np.int64) + parity, parity)
-        best, cost = lower, np.full(len(tables), np.inf)
-        for symbol in (lower, lower + 2):
-            error = np.square(size - levels_of(symbol, here))
-            found = error + slope * frequencies.bits_of_size(numbers, symbol)
-            better = found < cost
-            best, cost = np.where(better, symbol, best), np.where(better, found, cost)
-        symbols[branch], costs[branch] = best, cost
+        lower = 2.0 * np.floor(((size + second) / SPACING - parity) / 2.0) + parity
+        np.maximum(lower, parity, out=lower)
+        both = []
+        for symbol in (lower, lower + 2.0):
+            # As `levels_of` has it; of the second quantiser zero is zero.
+            error = size - np.maximum(SPACING * symbol - second, 0.0)
+            letter = row + np.minimum(symbol, largest).astype(np.int64)
+            both.append(error * error + slope * bits.take(letter))
+        symbols[branch] = lower + 2.0 * (both[1] < both[0])
+        costs[branch] = np.minimum(*both)
     return symbols, costs
 
 

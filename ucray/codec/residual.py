@@ -20,7 +20,7 @@ from ucray.codec import entropy
 from ucray.codec.bitstream import ResidualBody
 from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.context import TABLES
-from ucray.codec.entropy import SILENT, FrequencyTables, SymbolReader
+from ucray.codec.entropy import LARGEST_SEEN, SILENT, FrequencyTables, SymbolReader
 from ucray.codec.fill import unpack_exactly
 from ucray.codec.unlapping import VALUE_SHIFT, Unlapping
 from ucray.errors import ChunkError
@@ -34,9 +34,6 @@ TABLE_LEVEL = 3
 
 LARGEST_SCALE = 16.0
 """Residuals of a larger mean size leave their low bits uncoded."""
-
-LARGEST_SEEN = 255
-"""Sizes beyond count as this where a table is chosen."""
 
 LARGEST_SHIFT = 24
 
@@ -140,9 +137,7 @@ def _shortest(sizes: Whole, frequencies: FrequencyTables) -> npt.NDArray[np.uint
     cells = len(sizes)
     seen = np.minimum(sizes, LARGEST_SEEN) + (LARGEST_SEEN + 1) * np.arange(cells)[:, None]
     counts = np.bincount(seen.reshape(-1), minlength=cells * (LARGEST_SEEN + 1)).reshape(cells, -1)
-    letters = np.arange(LARGEST_SEEN + 1)
-    bits = np.stack([frequencies.bits_of_size(np.full_like(letters, t), letters) for t in range(1, TABLES)])
-    tables = 1 + (counts.astype(np.float32) @ bits.T).argmin(axis=1)
+    tables = 1 + (counts.astype(np.float32) @ frequencies.size_bits[1:TABLES].T).argmin(axis=1)
     return np.where(counts[:, 0] == sizes.shape[1], SILENT, tables).astype(np.uint8)
 
 
