@@ -110,7 +110,8 @@ class ContextPrior(nn.Module):
             unit = torch.exp2(-gain.amax(dim=0)) / STEP_UNITS
             spacing = 1 if self._config.first_dependent is None else SPACING
             gain = gain - _widening(spacing)
-            step = torch.exp2(-gain) / (unit * spacing)
+            # Steps from rounded gains would all move at once, and with them the rate by several per cent.
+            step = torch.exp2(-_straightened(gain)) / (unit * spacing)
             return ContextModel(
                 groups=self._config.groups,
                 checkered=self._config.checkered,
@@ -255,6 +256,13 @@ def rate_in_bits(values: Tensor, log_scale: Tensor) -> Tensor:
 def _widening(spacing: int) -> float:
     """Octaves by which symbols lie further apart than in training, where they are rounded one by one."""
     return math.log2(WIDENING) if spacing == SPACING else 0.0
+
+
+def _straightened(gain: Tensor) -> Tensor:
+    """Gains (qualities, latents) as close as lines between knots come to them."""
+    weights = at_quality(torch.eye(KNOTS), torch.arange(QUALITIES).float())
+    knots: Tensor = torch.linalg.lstsq(weights, gain).solution
+    return weights @ knots
 
 
 def _linear_layers(network: nn.Module) -> list[nn.Linear]:
