@@ -22,7 +22,8 @@ from ucray.codec.context import (
     Walk,
     coding_passes,
 )
-from ucray.codec.entropy import SILENT, encode
+from ucray.codec.entropy import encode
+from ucray.codec.frequencies import SILENT
 from ucray.codec.prior import ContextPrior, checkerboard
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES

@@ -15,11 +15,11 @@ from hypothesis.extra.numpy import arrays
 
 from ucray.codec import entropy
 from ucray.codec.context import TABLES, Codes, Tables
-from ucray.codec.entropy import (
+from ucray.codec.entropy import SymbolReader
+from ucray.codec.frequencies import (
     SILENT,
     TOTAL,
     FrequencyTables,
-    SymbolReader,
     logistic_weights,
     to_frequencies,
 )

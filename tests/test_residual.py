@@ -16,7 +16,7 @@ from numcodecs import zstd
 from ucray.codec.bitstream import ResidualBody
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.context import TABLES
-from ucray.codec.entropy import SILENT, FrequencyTables
+from ucray.codec.frequencies import SILENT, FrequencyTables
 from ucray.codec.residual import (
     Reference,
     Residual,

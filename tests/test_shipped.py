@@ -86,8 +86,8 @@ def test_the_second_codes_as_the_first_and_decodes_better() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [("em-fib-v2", "em-fib-v4"), ("em-fib-v3", "em-fib-v5")])
-def test_a_trellis_takes_fewer_bytes_and_errs_less(before: str, after: str) -> None:
-    """Error and what its bits are worth together, on tissue that neither has seen."""
+def test_error_and_bytes_together_are_less_than_before_the_trellis(before: str, after: str) -> None:
+    """At what a byte is worth at that quality, on tissue that neither has seen."""
     voxels = synthetic_volume((64, 64, 64), 0, padding=0)
     for quality in (60, 136, 200):
         old, new = (
@@ -107,7 +107,8 @@ def test_neighbouring_qualities_lie_closer(before: str, after: str) -> None:
         sizes = [encoder.size_at(prepared, quality) for quality in range(100, 150)]
         return max(finer / coarser for coarser, finer in pairwise(sizes))
 
-    assert largest(after) < largest(before)
+    # Lines between knots are steep where a group of channels comes in.
+    assert largest(after) < min(1.06, largest(before))
 
 
 @pytest.mark.parametrize("name", sorted(DIGESTS))

@@ -17,18 +17,21 @@ from hypothesis.extra.numpy import arrays
 from msgspec.structs import replace
 from test_entropy import rans_words
 
+from ucray.cluster.train import trained_config
 from ucray.codec import entropy
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.context import TABLES, Tables
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
-from ucray.codec.entropy import SILENT, FrequencyTables, SymbolReader, logistic_weights, to_frequencies
-from ucray.codec.path import best_symbols
+from ucray.codec.entropy import SymbolReader
+from ucray.codec.frequencies import SILENT, FrequencyTables, logistic_weights, to_frequencies
+from ucray.codec.prior import ContextPrior
 from ucray.codec.rate import SLOPE
-from ucray.codec.trellis import FEWEST_PATHS, NEXT, SPACING, STATES, STEPS, WIDENING, Layout, paths_for
+from ucray.codec.trellis import FEWEST_PATHS, LONGEST_PATH, NEXT, SPACING, STATES, WIDENING, Layout, paths_for
+from ucray.codec.viterbi import best_symbols
 from ucray.codec.weights import FORMAT, Weights
-from ucray.config import QUALITIES, CodecConfig
-from ucray.errors import ChunkError, WeightsError
+from ucray.config import CodecConfig
+from ucray.errors import ChunkError, SettingsError, WeightsError
 from ucray.settings import TrainingConfig
 from ucray.training.distill import Trainer
 
@@ -95,7 +98,7 @@ def test_levels_follow_from_the_law(parts: list[tuple[Tables, Symbols]]) -> None
     coded = [(numbered(*part), part[1]) for part in parts]
     reader = SymbolReader(FREQUENCIES, *entropy.encode(FREQUENCIES, None, coded, FIRST))
     for (tables, symbols), (numbers, _) in zip(parts, coded, strict=True):
-        levels = reader.levels(tables)
+        levels = reader.points(tables)
         for place, symbol in enumerate(symbols.tolist()):
             nearer = (symbol > 0) - (symbol < 0) if numbers[place] >= TABLES else 0
             assert levels[place] == 2 * symbol - nearer
@@ -123,7 +126,7 @@ def test_missing_escapes_on_a_path_are_refused() -> None:
     words, escapes = entropy.encode(FREQUENCIES, None, [(numbered(tables, symbols), symbols)], FIRST)
     assert escapes.tolist() == [30000, -30000]
     with pytest.raises(ChunkError, match="do not fill"):
-        SymbolReader(FREQUENCIES, words, escapes[:1]).levels(tables)
+        SymbolReader(FREQUENCIES, words, escapes[:1]).points(tables)
 
 
 def test_states_form_a_trellis() -> None:
@@ -165,8 +168,8 @@ def test_the_path_that_is_found_is_the_cheapest(seed: int) -> None:
 
     def cost(place: int, symbol: int, odd: int) -> float:
         level = 2 * symbol - odd * ((symbol > 0) - (symbol < 0))
-        number = np.array([used[place] + SHIFT * odd])
-        bits = float(FREQUENCIES.bits_of_size(number, np.array([abs(symbol)]))[0])
+        number = used[place] + SHIFT * odd
+        bits = float(FREQUENCIES.size_bits[number, abs(symbol)])
         return float((scaled[place] - level) ** 2 + slope[place] * bits)
 
     for path in range(FEWEST_PATHS):
@@ -196,7 +199,7 @@ def test_the_path_that_is_found_is_the_cheapest(seed: int) -> None:
 def test_paths_lie_denser_than_symbols_alone() -> None:
     """Without regard to bits: the theory's granular gain of eight states is 1.1 dB."""
     random = np.random.default_rng(4)
-    tables = np.full(64 * STEPS, TABLES - 1, np.uint8)
+    tables = np.full(64 * LONGEST_PATH, TABLES - 1, np.uint8)
     scaled = random.uniform(-100.0, 100.0, len(tables))
     symbols, second = best_symbols(FREQUENCIES, layout_of(tables), scaled, np.zeros(len(tables)))
     levels = SPACING * symbols - np.sign(symbols) * second
@@ -234,8 +237,21 @@ def test_a_stream_decodes_to_what_was_quantised(
     symbols, quantised = stream.quantise(codes, latents, quality, weights)
     decoded = stream.decode(*stream.encode(symbols), (2, 2, 2), quality, len(symbols.tables))
     np.testing.assert_array_equal(decoded.latents, quantised.latents)
+    assert len(symbols.tables) > 0
     if quality == 200:
         assert (np.concatenate(symbols.tables) >= TABLES).mean() > 0.1
+
+
+def test_latents_out_of_all_reach_come_back_as_far_as_symbols_go(dependent_weights: Weights) -> None:
+    stream = dependent_weights.stream
+    codes, latents = latents_of(dependent_weights, 4)
+    latents[0, 0, 0] = 1 << 30
+    latents[3, 3, 3] = -(1 << 30)
+    symbols, quantised = stream.quantise(codes, latents, 200)
+    words, escapes = stream.encode(symbols)
+    assert len(escapes) >= latents.shape[3]
+    decoded = stream.decode(words, escapes, (2, 2, 2), 200, len(symbols.tables))
+    np.testing.assert_array_equal(decoded.latents, quantised.latents)
 
 
 def cost_of(weights: Weights, quality: int) -> float:
@@ -306,12 +322,38 @@ def test_training_on_gives_a_stream_its_trellis(tiny_weights: Weights, smooth_vo
     made = trainer.finish([tiles], {})
     assert made.config.first_dependent == 18
     before, after = tiny_weights.stream.context, made.stream.context
-    wanted = before.step * (WIDENING / SPACING)
-    # Steps are whole; gains are, before and after, to a sixteenth of an octave between knots.
-    np.testing.assert_allclose(after.step[[0, QUALITIES - 1]], wanted[[0, QUALITIES - 1]], rtol=0.03)
-    np.testing.assert_array_equal(after.gain[[0, -1]], before.gain[[0, -1]] - 4)
+    wanted = before.step * before.unit * (WIDENING / SPACING)
+    # Steps are whole, of 64 units or more.
+    np.testing.assert_allclose(after.step * after.unit, wanted, rtol=1 / 64)
+    np.testing.assert_array_equal(after.gain, before.gain - 4)
     again = Trainer(made.config, settings, start=made)
     again.step(tiles)
     kept = again.finish([tiles], {}).stream.context
     np.testing.assert_array_equal(kept.gain, after.gain)
     np.testing.assert_array_equal(kept.step, after.step)
+
+
+def test_gains_come_back_from_whole_numbers() -> None:
+    """However uneven they are, and then they stay: a training rounds them three times."""
+    prior = ContextPrior(TINY_DEPENDENT)
+    with torch.no_grad():
+        prior.log_gain.copy_(torch.from_numpy(np.random.default_rng(5).uniform(-6, 6, (9, 8))))
+    gain = prior.log_gain.detach().clone()
+    entries = torch.zeros(2, 16, 4)
+    prior.from_integers(prior.to_integers(entries))
+    # They are rounded to a 16th of an octave.
+    assert (prior.log_gain - gain).abs().max() <= 1 / 32
+    rounded = prior.log_gain.detach().clone()
+    prior.from_integers(prior.to_integers(entries))
+    assert torch.equal(prior.log_gain, rounded)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_only_symbols_that_are_counted_anew_come_to_lie_on_paths(keep: bool, tiny_weights: Weights) -> None:
+    assert trained_config(TINY, keep_stream=keep).version == (1 if keep else 3)
+    settings = TrainingConfig(teacher_steps=0, student_steps=1, keep_stream=keep)
+    if keep:
+        with pytest.raises(SettingsError, match="another configuration"):
+            Trainer(TINY_DEPENDENT, settings, start=tiny_weights)
+    else:
+        Trainer(TINY_DEPENDENT, settings, start=tiny_weights)

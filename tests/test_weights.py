@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from safetensors.numpy import save
 
 from ucray.codec.context import FEATURE_UNITS, TABLES
-from ucray.codec.entropy import TOTAL
+from ucray.codec.frequencies import TOTAL
 from ucray.codec.network import analysis_of, load_network, stored_synthesis, synthesis_of
 from ucray.codec.stream import StreamModel
 from ucray.codec.wavelet import WaveletPacket

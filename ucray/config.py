@@ -190,7 +190,10 @@ TEACHER_FILTER, STUDENT_FILTER = FilterConfig(width=16, layers=6), FilterConfig(
 """Post-filters of new weights."""
 
 FIRST_DEPENDENT = 18
-"""Of new weights: where scales are about a third of the space between symbols. Below, nearly all are zero."""
+"""Of new weights: where a logistic's scale is a fifth of the space between symbols.
+
+Of smaller ones nearly all are zero.
+"""
 
 SMALL_CELL = 256
 """Voxels; a latent cell of fewer has SMALL_GROUPS of latents and SMALL_NETWORKS."""

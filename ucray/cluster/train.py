@@ -143,9 +143,8 @@ def train(
     """
     if sizes.teacher_filter is not None and settings.teacher_steps == 0:
         raise SettingsError("--teacher-filter begins with nothing, and --train-steps 0 teaches it nothing")
-    config = sizes.given_to(start.config if start is not None else config_for(volume, large=large))
-    if not settings.keep_stream:
-        config = replace(config, first_dependent=FIRST_DEPENDENT)
+    shaped = start.config if start is not None else config_for(volume, large=large)
+    config = trained_config(sizes.given_to(shaped), keep_stream=settings.keep_stream)
     chunk = chunk or default_chunk(config)
     region = region or Box((0, 0, 0), volume.shape)
     if any(c % s for c, s in zip(chunk, config.stride, strict=True)):
@@ -168,6 +167,11 @@ def train(
     }
     job = TrainingJob(config, settings, chunk, lessons, start, record, given.threads)
     return _fit(job, workers, given, use_gpu, storage, listener)
+
+
+def trained_config(config: CodecConfig, *, keep_stream: bool) -> CodecConfig:
+    """What training makes of a configuration: symbols that are counted anew lie on the paths of a trellis."""
+    return config if keep_stream else replace(config, first_dependent=FIRST_DEPENDENT)
 
 
 def _lesson(volume: Volume, region: Box, chunk: Shape3, tiles: int, seed: int) -> Lesson:

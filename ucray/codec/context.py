@@ -264,11 +264,11 @@ class Walk:
         tables = (units - int(TABLE_OCTAVES[0] * SCALE_UNITS) + TABLE_UNITS // 2) // TABLE_UNITS
         return mean, _within(tables, 0, TABLES - 1).astype(np.uint8)
 
-    def put(self, part: Pass, mean: Whole, levels: npt.NDArray[np.integer]) -> None:
-        """Take in the levels (cells, channels) of a pass: quantisation steps from the mean."""
+    def put(self, part: Pass, mean: Whole, points: npt.NDArray[np.integer]) -> None:
+        """Take in the points (cells, channels) of a pass: quantisation steps from the mean."""
         model = self._model
         here = slice(part.first, part.last)
-        values = mean + levels.astype(np.int64) * model.step[self._quality, here]
+        values = mean + points.astype(np.int64) * model.step[self._quality, here]
         values = _within(values, -LARGEST_LATENT, LARGEST_LATENT)
         self.latents.reshape(-1, model.latents)[self._geometry.cells[part.colour], here] = values
         inner = (values * model.inward[here] + (1 << WIDE - 1)) >> WIDE

@@ -104,21 +104,19 @@ class ContextPrior(nn.Module):
     def to_integers(self, entries: Tensor) -> ContextModel:
         """Round to what the stream stores, with codebook entries (stages, codes, width)."""
         with torch.no_grad():
-            log_gain = self.gain_at(torch.arange(QUALITIES, device=self.base.device).float()).cpu()
-            gain = (log_gain * SCALE_UNITS).round() / SCALE_UNITS
-            # The finest step gets STEP_UNITS units, so that rounding it to whole ones costs nothing.
-            unit = torch.exp2(-gain.amax(dim=0)) / STEP_UNITS
             spacing = 1 if self._config.first_dependent is None else SPACING
-            gain = gain - _widening(spacing)
-            # Steps from rounded gains would all move at once, and with them the rate by several per cent.
-            step = torch.exp2(-_straightened(gain)) / (unit * spacing)
+            # Knots are rounded, and not what lies between: if all steps moved at once, the rate would jump.
+            gain = _between_knots() @ (_in_units(self.log_gain.cpu()) - _widening(spacing > 1))
+            step = torch.exp2(-gain) / spacing
+            # The finest one gets STEP_UNITS units, so that rounding it to whole ones costs nothing.
+            unit = step.amin(dim=0) / STEP_UNITS
             return ContextModel(
                 groups=self._config.groups,
                 checkered=self._config.checkered,
                 code_stride=self._config.code_stride,
                 codebook=_whole(entries.cpu() * FEATURE_UNITS, np.int16),
                 unit=unit.numpy(),
-                step=_whole(step.clamp(max=LARGEST_STEP), np.int32),
+                step=_whole((step / unit).clamp(max=LARGEST_STEP), np.int32),
                 gain=_whole(gain * SCALE_UNITS, np.int16),
                 base=_whole(self.base.cpu() * SCALE_UNITS, np.int16),
                 deviation=self.deviation.cpu().numpy(),
@@ -128,11 +126,11 @@ class ContextPrior(nn.Module):
 
     def from_integers(self, model: ContextModel) -> None:
         """Take over what `to_integers` gave."""
-        knots = np.round(np.linspace(0, QUALITIES - 1, KNOTS)).astype(int)
         with torch.no_grad():
             self.base.copy_(torch.from_numpy(model.base.astype(np.float32) / SCALE_UNITS))
-            gain = model.gain[knots].astype(np.float32) / SCALE_UNITS + _widening(model.spacing)
-            self.log_gain.copy_(torch.from_numpy(gain))
+            gain = torch.from_numpy(model.gain.astype(np.float32) / SCALE_UNITS)
+            knots = torch.linalg.lstsq(_between_knots(), gain).solution
+            self.log_gain.copy_(_in_units(knots + _widening(model.spacing > 1)))
             self.deviation.copy_(torch.from_numpy(model.deviation.copy()))
             for network, layers in zip(self.networks, model.networks, strict=True):
                 for linear, layer in zip(_linear_layers(network), layers, strict=True):
@@ -253,16 +251,18 @@ def rate_in_bits(values: Tensor, log_scale: Tensor) -> Tensor:
     return -torch.log2(mass.clamp_min(1e-9))
 
 
-def _widening(spacing: int) -> float:
+def _widening(dependent: bool) -> float:
     """Octaves by which symbols lie further apart than in training, where they are rounded one by one."""
-    return math.log2(WIDENING) if spacing == SPACING else 0.0
+    return math.log2(WIDENING) if dependent else 0.0
 
 
-def _straightened(gain: Tensor) -> Tensor:
-    """Gains (qualities, latents) as close as lines between knots come to them."""
-    weights = at_quality(torch.eye(KNOTS), torch.arange(QUALITIES).float())
-    knots: Tensor = torch.linalg.lstsq(weights, gain).solution
-    return weights @ knots
+def _between_knots() -> Tensor:
+    """Shares of the knots in every quality: (qualities, knots)."""
+    return at_quality(torch.eye(KNOTS), torch.arange(QUALITIES).float())
+
+
+def _in_units(octaves: Tensor) -> Tensor:
+    return (octaves * SCALE_UNITS).round() / SCALE_UNITS
 
 
 def _linear_layers(network: nn.Module) -> list[nn.Linear]:

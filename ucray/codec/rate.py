@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ucray.config import QUALITIES
 
 SLOPE = 0.1155
-"""Squared error, in squared steps, that a bit is worth: ln(2) / 6 by the theory of high rates.
+"""Squared error, in squared steps of rounding one by one, that a bit is worth: ln(2) / 6 at high rates.
 
 It is the encoder's choice alone; a decoder does not know it.
 """

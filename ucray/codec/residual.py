@@ -20,8 +20,9 @@ from ucray.codec import entropy
 from ucray.codec.bitstream import ResidualBody
 from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.context import TABLES
-from ucray.codec.entropy import LARGEST_SEEN, SILENT, FrequencyTables, SymbolReader
+from ucray.codec.entropy import SymbolReader
 from ucray.codec.fill import unpack_exactly
+from ucray.codec.frequencies import SILENT, FrequencyTables
 from ucray.codec.unlapping import VALUE_SHIFT, Unlapping
 from ucray.errors import ChunkError
 from ucray.grid import Shape3
@@ -134,10 +135,11 @@ def residual_of(
 
 def _shortest(sizes: Whole, frequencies: FrequencyTables) -> npt.NDArray[np.uint8]:
     """The table of fewest bits for each cell, from sizes (cells, voxels); SILENT where all are zero."""
-    cells = len(sizes)
-    seen = np.minimum(sizes, LARGEST_SEEN) + (LARGEST_SEEN + 1) * np.arange(cells)[:, None]
-    counts = np.bincount(seen.reshape(-1), minlength=cells * (LARGEST_SEEN + 1)).reshape(cells, -1)
-    tables = 1 + (counts.astype(np.float32) @ frequencies.size_bits[1:TABLES].T).argmin(axis=1)
+    bits = frequencies.size_bits[1:TABLES]
+    cells, seen = len(sizes), bits.shape[1]
+    places = np.minimum(sizes, seen - 1) + seen * np.arange(cells)[:, None]
+    counts = np.bincount(places.reshape(-1), minlength=cells * seen).reshape(cells, seen)
+    tables = 1 + (counts.astype(np.float32) @ bits.T).argmin(axis=1)
     return np.where(counts[:, 0] == sizes.shape[1], SILENT, tables).astype(np.uint8)
 
 

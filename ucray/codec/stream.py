@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from ucray.codec import entropy
 from ucray.codec.context import TABLES, Codes, ContextModel, Tables, Walk
-from ucray.codec.entropy import SILENT, FrequencyTables, SymbolReader
-from ucray.codec.path import best_symbols
+from ucray.codec.entropy import SymbolReader
+from ucray.codec.frequencies import SILENT, FrequencyTables
 from ucray.codec.rate import LARGEST_THRESHOLD, SLOPE
-from ucray.codec.trellis import SPACING, WIDENING, Layout, levels_of
+from ucray.codec.trellis import SPACING, WIDENING, Layout, points_of
+from ucray.codec.viterbi import best_symbols
 from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
@@ -25,7 +26,10 @@ LARGEST_SCALED = 2.0 * (LARGEST_SYMBOL - 2)
 """Quantisation steps that a symbol on a path can stand for."""
 
 SMALLEST = 0.5
-"""Of the space between symbols: what is smaller is rounded to zero, but for a mean that says otherwise."""
+"""Of the space between symbols: passes whose latents are all smaller are not looked at.
+
+Rounded one by one they would be zero, but for a mean that says otherwise; on a path few are not.
+"""
 
 PASS_BITS = 8.0
 """What a pass has to be worth beyond its own bits: it takes a decoder's time."""
@@ -83,11 +87,11 @@ class StreamModel:
             scaled = uncoded - mean / step[part.first : part.last]
             weight = np.ones((1, 1)) if weights is None else walk.cells(part, weights)
             symbols, numbers = self._rounded(scaled, table, self._slope / weight)
-            levels = self._levels(symbols, numbers)
-            walk.put(part, mean, levels)
+            points = self._points(symbols, numbers)
+            walk.put(part, mean, points)
             tables.append(numbers.reshape(-1))
             values.append(symbols.reshape(-1))
-            gains.append(float((weight * (np.square(uncoded) - np.square(scaled - levels))).sum()))
+            gains.append(float((weight * (np.square(uncoded) - np.square(scaled - points))).sum()))
         # The last passes are left out where all that they say is not worth its bits and its time.
         while tables:
             bits = self.frequencies.bits_of(tables[-1], values[-1]) + PASS_BITS
@@ -126,14 +130,14 @@ class StreamModel:
         walk = Walk(self.context, codes, quality)
         for part in self.context.passes[:passes]:
             mean, table = walk.predict(part)
-            read = reader.levels if self._dependent else reader.symbols
+            read = reader.points if self._dependent else reader.symbols
             walk.put(part, mean, read(table.reshape(-1)).reshape(table.shape))
         reader.finish()
         return CodedLatents(codes, walk.latents, quality)
 
     @property
     def _dependent(self) -> bool:
-        return self.context.spacing == SPACING
+        return self.frequencies.first_dependent < TABLES
 
     @property
     def _slope(self) -> float:
@@ -141,7 +145,7 @@ class StreamModel:
         return SLOPE * (SPACING / WIDENING) ** 2 if self._dependent else SLOPE
 
     def _last_pass(self, walk: Walk, latents: npt.NDArray[np.float32], step: npt.NDArray[np.int32]) -> int:
-        """How many passes hold all latents that are not rounded to zero: no later one is worth a look."""
+        """How many passes hold all latents of SMALLEST or more: no later one is worth a look."""
         smallest = SMALLEST * self.context.spacing
         for count in range(len(self.context.passes), 0, -1):
             part = self.context.passes[count - 1]
@@ -149,8 +153,8 @@ class StreamModel:
                 return count
         return 0
 
-    def _levels(self, symbols: npt.NDArray[np.int16], tables: Tables) -> npt.NDArray[np.integer]:
-        return levels_of(symbols, tables >= TABLES) if self._dependent else symbols
+    def _points(self, symbols: npt.NDArray[np.int16], tables: Tables) -> npt.NDArray[np.integer]:
+        return points_of(symbols, tables >= TABLES) if self._dependent else symbols
 
     def _rounded(
         self, scaled: npt.NDArray[np.float64], tables: Tables, slope: npt.NDArray[np.floating]
@@ -162,7 +166,7 @@ class StreamModel:
         values, numbers = scaled.reshape(-1), tables.reshape(-1).copy()
         slopes = np.broadcast_to(slope, scaled.shape).reshape(-1)
         layout = Layout.of(numbers, first)
-        alone, on_paths = layout.order[: layout.plain], layout.order[layout.plain :]
+        alone, on_paths = layout.order[: layout.alone], layout.order[layout.alone :]
         symbols = np.zeros(len(numbers), dtype=np.int16)
         symbols[alone] = self._rounded_alone(
             values[alone] / SPACING, numbers[alone], slopes[alone] / SPACING**2

@@ -4,7 +4,7 @@ Both quantisers have every second point of a finer one, and zero. What a symbol 
 through a trellis of eight states, and the paths together lie denser in space than any grid of symbols
 rounded one by one: at most 1.1 dB less error at equal rate (Marcellin and Fischer 1990, "Trellis coded
 quantization"; with zero in both, Schwarz, Nguyen, Marpe and Wiegand 2019, "Hybrid video coding with
-trellis-coded quantization"). `ucray.codec.path` finds the path. This module imports no torch.
+trellis-coded quantization"). `ucray.codec.viterbi` finds the path. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ The ones are those of the state in binary; an odd state is of the second quantis
 trellis of eight states.
 """
 
-STEPS = 128
-"""Symbols of a path."""
+LONGEST_PATH = 128
+"""Symbols of a path, at most."""
 
 FEWEST_PATHS = 8
 """Of a pass: an encoder goes along all of them together."""
@@ -40,14 +40,14 @@ WIDENING = 2.0**0.25
 
 def paths_for(count: int) -> int:
     """How many paths so many symbols are laid on."""
-    return max(FEWEST_PATHS, -(-count // STEPS))
+    return max(FEWEST_PATHS, -(-count // LONGEST_PATH))
 
 
-def levels_of(symbols: npt.NDArray[np.integer], second: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+def points_of(symbols: npt.NDArray[np.integer], second: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """Quantisation steps that symbols stand for, of the first quantiser or the second."""
     wide = symbols.astype(np.int64)
-    levels: npt.NDArray[np.int64] = SPACING * wide - np.sign(wide) * second
-    return levels
+    points: npt.NDArray[np.int64] = SPACING * wide - np.sign(wide) * second
+    return points
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class Layout:
     ----------
     order
         Places of all coded symbols, in their order.
-    plain
+    alone
         How many of them are on no path.
     tables
         In that order.
     """
 
     order: npt.NDArray[np.int64]
-    plain: int
+    alone: int
     tables: npt.NDArray[np.int64]
 
     @staticmethod
@@ -81,4 +81,4 @@ class Layout:
     @property
     def paths(self) -> int:
         """Paths of this pass."""
-        return paths_for(len(self.order) - self.plain)
+        return paths_for(len(self.order) - self.alone)

@@ -29,7 +29,7 @@ from ucray.codec.context import (
     coding_passes,
     context_inputs,
 )
-from ucray.codec.entropy import TOTAL, FrequencyTables
+from ucray.codec.frequencies import TOTAL, FrequencyTables
 from ucray.codec.residual import Reference
 from ucray.codec.stream import StreamModel
 from ucray.codec.trellis import SPACING

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ucray.codec.codebook import quantise_codes
 from ucray.codec.context import FEATURE_UNITS, TABLES
-from ucray.codec.entropy import FrequencyTables, logistic_weights, to_frequencies
+from ucray.codec.frequencies import FrequencyTables, logistic_weights, to_frequencies
 from ucray.codec.lapping import Lapping
 from ucray.codec.linear import LinearSynthesis
 from ucray.codec.network import load_network
@@ -26,7 +26,8 @@ from ucray.training.loss import Coder, in_fewer_bits
 PRIOR_COUNT = 400.0
 """Observations that the logistic prior is worth against the counted symbols of a table."""
 
-COUNTS_OF_PATHS = 2
+PATH_COUNTS = 2
+"""Times that symbols on paths are counted, each time with the last one's frequencies."""
 
 CALIBRATION_QUALITIES = tuple(range(16, QUALITIES, 32))
 
@@ -61,7 +62,7 @@ def to_weights(
         ),
     )
     # Paths are chosen by the frequencies: what is counted with the logistic's says where to count again.
-    for _ in range(1 if config.first_dependent is None else COUNTS_OF_PATHS):
+    for _ in range(1 if config.first_dependent is None else PATH_COUNTS):
         counts = _count(config, coder, stream, batches)
         counted = [
             to_frequencies(count + prior / prior.sum() * PRIOR_COUNT)

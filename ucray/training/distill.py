@@ -65,7 +65,8 @@ class Trainer:
         Shapes of the networks; steps, batch, learning rate, seed.
     start
         Weights to start from; their configuration must be the same but for the decoders: networks and
-        post-filters that are of another size start anew.
+        post-filters that are of another size start anew. Where the stream is not kept, it may also lack the
+        trellis that `config` has.
     device
         Where the networks live.
     wrap
@@ -84,7 +85,7 @@ class Trainer:
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
         rank: int = 0,
     ) -> None:
-        if start is not None and _without_decoders(start.config) != _without_decoders(config):
+        if start is not None and _lasting(start.config, settings) != _lasting(config, settings):
             raise SettingsError(
                 "the weights to start from are of another configuration (anisotropy of the voxels, widths); "
                 "train from nothing, or choose weights of a like volume"
@@ -263,10 +264,11 @@ class Trainer:
         return nn.ModuleList([self.coder, self.teacher, self._distillation])
 
 
-def _without_decoders(config: CodecConfig) -> CodecConfig:
-    """What training cannot change: decoders start anew, a trellis comes with the counts at the end."""
+def _lasting(config: CodecConfig, settings: TrainingConfig) -> CodecConfig:
+    """What training cannot change: decoders start anew, a trellis comes where symbols are counted anew."""
+    first = config.first_dependent if settings.keep_stream else None
     return replace(
-        config, teacher=None, student=None, teacher_filter=None, student_filter=None, first_dependent=None
+        config, teacher=None, student=None, teacher_filter=None, student_filter=None, first_dependent=first
     )
 
 

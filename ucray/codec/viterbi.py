@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ucray.codec.context import TABLES
-from ucray.codec.entropy import FrequencyTables
+from ucray.codec.frequencies import FrequencyTables
 from ucray.codec.trellis import NEXT, SPACING, STATES, Layout
 
 Floats = npt.NDArray[np.float64]
@@ -15,14 +15,11 @@ Whole = npt.NDArray[np.int64]
 
 _HALF = STATES // 2
 
-_BRANCH = np.array(
-    [
-        [2 * (before % 2) + int(NEXT[1, before] == state) for state in range(STATES)
-         for before in [state // 2 + _HALF * later]]
-        for later in (0, 1)
-    ]
-)  # fmt: skip
-"""Branch to a state from state // 2, and from _HALF states later: 2 * quantiser + parity (2, states)."""
+_BEFORE = np.add.outer([0, _HALF], np.arange(STATES) // 2)
+"""The two states that lead to each state: (2, states)."""
+
+_BRANCH = 2 * (_BEFORE % 2) + (NEXT[1, _BEFORE] == np.arange(STATES))
+"""How they do: 2 * quantiser + parity of the symbol (2, states)."""
 
 
 def best_symbols(
@@ -36,7 +33,7 @@ def best_symbols(
         What is coded, in quantisation steps, and the squared error in squared steps that a bit is worth:
         float64, of the symbols on paths, in the layout's order.
     """
-    tables = layout.tables[layout.plain :]
+    tables = layout.tables[layout.alone :]
     symbols, costs = _branches(frequencies, tables, np.abs(scaled), slope)
     paths, count = layout.paths, len(tables)
     steps = -(-count // paths)
@@ -62,7 +59,7 @@ def _branches(
         np.maximum(lower, parity, out=lower)
         both = []
         for symbol in (lower, lower + 2.0):
-            # As `levels_of` has it; of the second quantiser zero is zero.
+            # As `points_of` has it; of the second quantiser zero is zero.
             error = size - np.maximum(SPACING * symbol - second, 0.0)
             letter = row + np.minimum(symbol, largest).astype(np.int64)
             both.append(error * error + slope * bits.take(letter))
@@ -90,5 +87,5 @@ def _best_branches(costs: Costs) -> npt.NDArray[np.intp]:
     for step in reversed(range(steps)):
         upper = from_upper[step, state, place]
         branches[step] = _BRANCH[upper.astype(np.intp), state]
-        state = state // 2 + _HALF * upper
+        state = _BEFORE[upper.astype(np.intp), state]
     return branches
