@@ -14,7 +14,7 @@ if [ $# -lt 4 ]; then
   # Without --keep-stream symbols come to lie on paths, and are counted anew.
   ucray train "$1" "$2" --init "$2.taught" --train-steps 0 --student-steps 1 --learning-rate 1e-5
 else
-  # em-fib-v3 was made so when all were rounded one by one.
+  # em-fib-v3, when symbols were rounded one by one.
   [ -e "$2.both" ] || ucray train "$1" "$2.both" --also "$4" --init "$2.filtered" --train-steps 500 --student-steps 150 \
     --learning-rate 1.5e-3 --storage "$3"
   ucray train "$1" "$2" --also "$4" --init "$2.both" --train-steps 0 --student-steps 6000 --learning-rate 1e-3 --seed 5 \
