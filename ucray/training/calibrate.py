@@ -26,8 +26,8 @@ from ucray.training.loss import Coder, in_fewer_bits
 PRIOR_COUNT = 400.0
 """Observations that the logistic prior is worth against the counted symbols of a table."""
 
-PATH_COUNTS = 2
-"""Times that symbols on paths are counted, each time with the last one's frequencies."""
+FIRST_COUNT = 4
+"""Every so many of the batches are counted first, where paths are chosen by what is counted."""
 
 CALIBRATION_QUALITIES = tuple(range(16, QUALITIES, 32))
 
@@ -62,8 +62,8 @@ def to_weights(
         ),
     )
     # Paths are chosen by the frequencies: what is counted with the logistic's says where to count again.
-    for _ in range(1 if config.first_dependent is None else PATH_COUNTS):
-        counts = _count(config, coder, stream, batches)
+    for some in [batches] if config.first_dependent is None else [batches[::FIRST_COUNT], batches]:
+        counts = _count(config, coder, stream, some)
         counted = [
             to_frequencies(count + prior / prior.sum() * PRIOR_COUNT)
             for count, prior in zip(counts.by_table(), logistic, strict=True)
