@@ -18,6 +18,7 @@ from ucray.codec.linear import LinearSynthesis
 from ucray.codec.network import load_network
 from ucray.codec.residual import to_cells
 from ucray.codec.stream import StreamModel
+from ucray.codec.threads import one_thread
 from ucray.codec.unlapping import LARGEST_ENTRY, SHIFT
 from ucray.codec.weights import SCALE, Weights, stream_tensors
 from ucray.config import QUALITIES, CodecConfig
@@ -63,7 +64,9 @@ def to_weights(
     )
     # Paths are chosen by the frequencies: what is counted with the logistic's says where to count again.
     for some in [batches] if config.first_dependent is None else [batches[::FIRST_COUNT], batches]:
-        counts = _count(config, coder, stream, some)
+        # Chunks are quantised one after the other: as when they are coded, threads would wait for each other.
+        with one_thread(torch.device("cpu")):
+            counts = _count(config, coder, stream, some)
         counted = [
             to_frequencies(count + prior / prior.sum() * PRIOR_COUNT)
             for count, prior in zip(counts.by_table(), logistic, strict=True)
