@@ -24,7 +24,7 @@ from ucray.grid import Shape3
 LOG = "UCRAY_TEST_ENCODED"
 """Where encodes are noted."""
 
-ENCODING, READING = 0.15, 1.0
+ENCODING, READING = 0.15, 0.5
 """Seconds that encoding and reading a shard take at least, so that a kill finds work under way."""
 
 

@@ -62,6 +62,8 @@ class Site:
                     "health_check_failure_threshold": 3,
                     "health_check_initial_delay_ms": 0,
                     "health_check_timeout_ms": 1000,
+                    # As on nodes that ucray has to itself: see WORKER_POOL.
+                    "idle_worker_killing_time_threshold_ms": 60000,
                 },
             },
         )

@@ -178,7 +178,10 @@ def test_only_the_cluster_and_what_stands_on_it_import_ray(name: str) -> None:
     assert unit_of(name) in RAY_USERS or "ray" not in used
 
 
-@pytest.mark.parametrize("name", ["ucray.codec.bitstream", "ucray.codec.entropy", "ucray.cluster.ingest"])
+@pytest.mark.parametrize(
+    "name",
+    ["ucray.codec.bitstream", "ucray.codec.entropy", "ucray.cluster.ingest", "ucray.cluster.lessons"],
+)
 def test_parsing_a_stream_and_reading_a_source_reach_no_torch(name: str) -> None:
     assert "torch" not in {found.name.split(".")[0] for found in imports_of(MODULES[name])}
     assert "torch" not in reached_on_import(name)

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from test_kill import LONG
 
 import ucray
-from ucray.cluster.ingest import TASKS, BoxSource
-from ucray.cluster.pipeline import ShardBoxes
+from ucray.cluster.ingest import TASKS, BoxSource, ShardBoxes
 from ucray.cluster.plan import CompressPlan, plan_compress
 from ucray.storage.shard import present_shards
 from ucray.storage.volume import open_volume

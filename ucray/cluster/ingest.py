@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,10 @@ from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
 
 from ucray.cluster.memory import peak_memory
+from ucray.cluster.plan import CompressPlan
 from ucray.codec.importance import Weights
 from ucray.errors import UcrayError
-from ucray.grid import Box
+from ucray.grid import Box, Shape3
 from ucray.storage.importance import ImportanceMap
 from ucray.storage.volume import Volume
 
@@ -71,6 +72,29 @@ class BoxSource(Datasource):
         size = sum(self._nbytes(box) for _, box in boxes)
         metadata = BlockMetadata(num_rows=len(boxes), size_bytes=size, exec_stats=None, input_files=None)
         return ReadTask(read, metadata)
+
+
+class ShardBoxes(Sequence[tuple[str, Box]]):
+    """Names of shards and their boxes in the source, made when asked for: a million take no room."""
+
+    def __init__(self, plan: CompressPlan, indices: Sequence[Shape3]) -> None:
+        self._plan = plan
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[str, Box]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> ShardBoxes: ...
+
+    def __getitem__(self, place: int | slice) -> tuple[str, Box] | ShardBoxes:
+        if isinstance(place, slice):
+            return ShardBoxes(self._plan, self._indices[place])
+        index = self._indices[place]
+        return ".".join(map(str, index)), self._plan.source_box(self._plan.grid.shard_box(index))
 
 
 def read_row(volume: Volume, key: str, box: Box, importance: ImportanceMap | None = None) -> Row:

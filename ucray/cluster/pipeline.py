@@ -8,13 +8,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, overload
+from typing import Annotated, Any
 
 import numpy as np
 import ray.data
 from pydantic import Field
 
-from ucray.cluster.ingest import BoxSource, Row, one_row, one_row_batch, read_row, voxels_of, weights_of
+from ucray.cluster.ingest import (
+    BoxSource,
+    Row,
+    ShardBoxes,
+    one_row,
+    one_row_batch,
+    read_row,
+    voxels_of,
+    weights_of,
+)
 from ucray.cluster.memory import peak_memory
 from ucray.cluster.plan import CompressPlan
 from ucray.cluster.session import coders, failure, ray_session
@@ -22,13 +31,19 @@ from ucray.cluster.telemetry import LINGER
 from ucray.cluster.worker import EncodeJob, ShardEncoder, ShardWriter, WriteJob
 from ucray.codec.weights import Weights
 from ucray.errors import UcrayError
-from ucray.grid import Box, Shape3, triple
+from ucray.grid import Shape3, triple
 from ucray.settings import Settings
 from ucray.storage.archive import ArchiveSettings
 from ucray.storage.objects import open_objects
 from ucray.storage.shard import ShardStatistics, committed
 
 STAGES = ("read", "encode", "write")
+
+READS = {"CPU": 2, "GPU": 8}
+"""Read tasks at once for each encode worker, by what it computes on: enough that it never waits.
+
+More would only start processes, whose imports take longer on a small machine than all their reading.
+"""
 
 
 class RunOptions(Settings):
@@ -106,7 +121,9 @@ def on_ray(
         encode = EncodeJob(settings, weights.to_bytes(), options.device)
         rows = (
             ray.data.read_datasource(
-                BoxSource(plan.volume, ShardBoxes(plan, missing), plan.importance), num_cpus=0.25
+                BoxSource(plan.volume, ShardBoxes(plan, missing), plan.importance),
+                num_cpus=0.25,
+                concurrency=workers.count * READS["GPU" if options.device == "cuda" else "CPU"],
             )
             .map_batches(
                 _EncodeRow,
@@ -210,29 +227,6 @@ class _Chunks:
     """Chunks of a shard as one value, so that Ray Data does not take their list for a column."""
 
     chunks: list[Any]
-
-
-class ShardBoxes(Sequence[tuple[str, Box]]):
-    """Names of shards and their boxes in the source, made when asked for: a million take no room."""
-
-    def __init__(self, plan: CompressPlan, indices: Sequence[Shape3]) -> None:
-        self._plan = plan
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, place: int) -> tuple[str, Box]: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> ShardBoxes: ...
-
-    def __getitem__(self, place: int | slice) -> tuple[str, Box] | ShardBoxes:
-        if isinstance(place, slice):
-            return ShardBoxes(self._plan, self._indices[place])
-        index = self._indices[place]
-        return ".".join(map(str, index)), self._plan.source_box(self._plan.grid.shard_box(index))
 
 
 def _index(key: Any) -> Shape3:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import pyarrow.fs
 import ray
 import ray.data
@@ -31,20 +30,20 @@ from ray.train import Checkpoint, DataConfig, FailureConfig, RunConfig, ScalingC
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ucray.cluster.ingest import BoxSource, one_row, voxels_of
-from ucray.cluster.plan import config_for, sample_boxes, training_boxes
+from ucray.cluster.ingest import one_row, voxels_of
+from ucray.cluster.lessons import Lesson, lesson_of, prepare_lesson, tiles_of
+from ucray.cluster.plan import config_for
 from ucray.cluster.session import Resources, failure, resources
 from ucray.cluster.telemetry import Event, Listener
 from ucray.codec.allocator import keep_freed_memory
-from ucray.codec.chunk import normalisation
 from ucray.codec.weights import Weights
 from ucray.config import FIRST_DEPENDENT, CodecConfig, DecoderSizes, default_chunk
-from ucray.errors import JobError, SettingsError, SourceError
+from ucray.errors import JobError, SettingsError
 from ucray.grid import Box, Shape3
 from ucray.settings import TrainingConfig
 from ucray.storage.volume import Volume
 from ucray.training.distill import START_TILES, Trainer
-from ucray.training.tiles import Tile, TileSampler, is_tissue, prepare_tiles, tile_seed
+from ucray.training.tiles import Tile, TileSampler, prepare_tiles, tile_seed
 
 TILES = 192
 """Tiles sampled over the volume."""
@@ -60,16 +59,6 @@ BOARD_SECONDS = 10.0
 CHECKPOINT_STEPS = 200
 STATE_FILE = "trainer.safetensors"
 WEIGHTS_FILE = "weights.safetensors"
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What is learnt from one volume: the boxes of its tiles, and how its voxels are normalised."""
-
-    volume: Volume
-    boxes: tuple[Box, ...]
-    offset: float
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -155,7 +144,9 @@ def train(
     learnt = [(volume, region), *((other, Box((0, 0, 0), other.shape)) for other in also)]
     for _, part in learnt:
         chunk = fitting_chunk(chunk, part.shape, config)
-    lessons = tuple(_lesson(one, part, chunk, tiles // len(learnt), settings.seed) for one, part in learnt)
+    lessons = tuple(
+        prepare_lesson(one, part, chunk, tiles // len(learnt), settings.seed) for one, part in learnt
+    )
     given = resources(workers, use_gpu=use_gpu, cpus=worker_cpus)
     record = {
         "source": volume.url,
@@ -174,14 +165,6 @@ def trained_config(config: CodecConfig, *, keep_stream: bool) -> CodecConfig:
     return config if keep_stream else replace(config, first_dependent=FIRST_DEPENDENT)
 
 
-def _lesson(volume: Volume, region: Box, chunk: Shape3, tiles: int, seed: int) -> Lesson:
-    boxes = [box.shifted(region.start) for box in training_boxes(region.shape, chunk, tiles, seed)]
-    samples = [volume.read(box) for box in sample_boxes(boxes, 24)]
-    if not any(is_tissue(sample, volume.fill_value) for sample in samples):
-        raise SourceError(f"{volume.url} holds little but fill in {region}; there is nothing to train on")
-    return Lesson(volume, tuple(boxes), *normalisation(samples, volume.fill_value))
-
-
 def fitting_chunk(chunk: Shape3, shape: Shape3, config: CodecConfig) -> Shape3:
     """The chunk, cut down to whole strides where the volume is smaller than it."""
     z, y, x = (min(c, max(n // s * s, s)) for c, n, s in zip(chunk, shape, config.stride, strict=True))
@@ -196,7 +179,7 @@ def _fit(
     storage: str | None,
     listener: Listener,
 ) -> Weights:
-    first, *others = [_tiles(number, lesson) for number, lesson in enumerate(job.lessons)]
+    first, *others = [tiles_of(number, lesson) for number, lesson in enumerate(job.lessons)]
     dataset = first.union(*others) if others else first
     volume = job.lessons[0].volume
     count = sum(len(lesson.boxes) for lesson in job.lessons)
@@ -250,7 +233,7 @@ def _work(loop: dict[str, Any]) -> None:
     tiles: list[Tile] = []
     for number, lesson in enumerate(job.lessons):
         volume = lesson.volume
-        mine = [voxels_of(row, volume.dtype) for row in rows if _lesson_of(str(row["key"])) == number]
+        mine = [voxels_of(row, volume.dtype) for row in rows if lesson_of(str(row["key"])) == number]
         if mine:
             tiles += prepare_tiles(mine, volume.fill_value, lesson.offset, lesson.scale)
     device = ray.train.torch.get_device()
@@ -287,28 +270,6 @@ def _work(loop: dict[str, Any]) -> None:
         files[STATE_FILE] = trainer.to_bytes()
         files[WEIGHTS_FILE] = trainer.finish(batches, job.record).to_bytes()
     _report(files, latest)
-
-
-def _tiles(number: int, lesson: Lesson) -> ray.data.Dataset:
-    """The tiles of one lesson; their keys start with its number."""
-    volume = lesson.volume
-    source = BoxSource(volume, [(f"{number}/{box}", box) for box in lesson.boxes])
-    kept = partial(_tissue_rows, dtype=volume.dtype, fill_value=volume.fill_value)
-    dataset: ray.data.Dataset = ray.data.read_datasource(source, num_cpus=0.25)
-    return dataset.map_batches(kept, batch_size=1, num_cpus=0.25)
-
-
-def _lesson_of(key: str) -> int:
-    return int(key.partition("/")[0])
-
-
-def _tissue_rows(
-    batch: dict[str, np.ndarray[Any, Any]], dtype: str, fill_value: float
-) -> dict[str, np.ndarray[Any, Any]]:
-    """A batch of one tile, or of none if it cannot be read or teaches nothing."""
-    row = one_row(batch)
-    kept = not row["error"] and is_tissue(voxels_of(row, dtype), fill_value)
-    return batch if kept else {name: column[:0] for name, column in batch.items()}
 
 
 def _from_first(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,9 @@ from ucray.codec.inpaint import inpaint
 from ucray.config import CodecConfig
 from ucray.errors import SourceError
 from ucray.grid import Shape3
+from ucray.training.tissue import is_tissue
 
 Tile = npt.NDArray[np.float16]
-
-LARGEST_FILL_SHARE = 0.5
-"""Tiles with more fill than this teach nothing about tissue and are left out."""
 
 
 def prepare_tiles(
@@ -42,12 +40,6 @@ def prepare_tiles(
     if not tiles:
         raise SourceError("the sampled tiles hold nothing but fill; there is nothing to train on")
     return tiles
-
-
-def is_tissue(tile: npt.NDArray[np.generic], fill_value: float) -> bool:
-    """Whether a tile can teach: not mostly fill, and every voxel a number."""
-    mask = fill_mask(tile, fill_value)
-    return bool(mask.mean() <= LARGEST_FILL_SHARE and np.isfinite(tile[~mask].astype(np.float64)).all())
 
 
 CONTRAST = 0.1
