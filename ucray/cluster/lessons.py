@@ -57,8 +57,9 @@ def tiles_of(number: int, lesson: Lesson) -> ray.data.Dataset:
     volume = lesson.volume
     source = BoxSource(volume, [(f"{number}/{box}", box) for box in lesson.boxes])
     kept = partial(_tissue_rows, dtype=volume.dtype, fill_value=volume.fill_value)
-    dataset: ray.data.Dataset = ray.data.read_datasource(source, num_cpus=0.25, concurrency=READS)
-    return dataset.map_batches(kept, batch_size=1, num_cpus=0.25, concurrency=READS)
+    reads = min(READS, len(lesson.boxes))
+    dataset: ray.data.Dataset = ray.data.read_datasource(source, num_cpus=0.25, concurrency=reads)
+    return dataset.map_batches(kept, batch_size=1, num_cpus=0.25, concurrency=reads)
 
 
 def lesson_of(key: str) -> int:

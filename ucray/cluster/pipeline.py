@@ -118,12 +118,13 @@ def on_ray(
             use_gpu=options.device == "cuda",
             cpus=options.worker_cpus,
         )
+        reads = workers.count * READS["GPU" if options.device == "cuda" else "CPU"]
         encode = EncodeJob(settings, weights.to_bytes(), options.device)
         rows = (
             ray.data.read_datasource(
                 BoxSource(plan.volume, ShardBoxes(plan, missing), plan.importance),
                 num_cpus=0.25,
-                concurrency=workers.count * READS["GPU" if options.device == "cuda" else "CPU"],
+                concurrency=min(reads, len(missing)),
             )
             .map_batches(
                 _EncodeRow,

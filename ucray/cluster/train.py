@@ -51,7 +51,9 @@ TILES = 192
 TILES_PER_WORKER = 8
 """Tiles a worker must have at least for a share of them to do."""
 
-CALIBRATION_BATCHES = 32
+CALIBRATION_BATCHES = (4, 32)
+"""Batches that symbols are counted on: an eighth of the steps, between these. One takes longer than a step."""
+
 SHOWN_STEPS = 4
 BOARD_SECONDS = 10.0
 """How long the driver waits for figures of the training."""
@@ -265,7 +267,9 @@ def _work(loop: dict[str, Any]) -> None:
             _report({STATE_FILE: trainer.to_bytes()} if rank == 0 else {}, latest)
     files = {}
     if rank == 0:
-        batches = [sampler.draw(job.settings.batch) for _ in range(CALIBRATION_BATCHES)]
+        fewest, most = CALIBRATION_BATCHES
+        counted = min(max(trainer.total_steps // 8, fewest), most)
+        batches = [sampler.draw(job.settings.batch) for _ in range(counted)]
         # A worker that is lost between here and the end goes on from here.
         files[STATE_FILE] = trainer.to_bytes()
         files[WEIGHTS_FILE] = trainer.finish(batches, job.record).to_bytes()

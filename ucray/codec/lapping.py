@@ -17,6 +17,8 @@ stands for itself, and what lies beyond its faces is not known.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -75,6 +77,11 @@ class Lapping(nn.Module):
             {axis: Axis(size) for axis, size in zip("zyx", cell, strict=True) if size > 1}
         )
         self._kept: dict[tuple[str, int], Tensor] = {}
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; what was kept while nothing was learned is dropped."""
+        self._kept.clear()
+        return super().train(mode)
 
     def forward(self, volume: Tensor) -> Tensor:
         """The volume filtered; each axis a multiple of its cell."""

@@ -11,6 +11,7 @@ working transform codec instead of from noise. `ucray.codec.network` adds networ
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,11 @@ class LinearTransform(nn.Module):
         self.lapped = Lapping(config.latent_cell, inverse=inverse)
         self.wavelet = WaveletPacket(config.wavelet, config.levels)
         self._kept: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; what was kept while nothing was learned is dropped."""
+        self._kept = None
+        return super().train(mode)
 
     def _joined(self, weight: Tensor, filters: Tensor) -> Tensor:
         """A layer and the filters of one cell as a matrix (latents, voxels of a latent cell).

@@ -21,6 +21,8 @@ _BEFORE = np.add.outer([0, _HALF], np.arange(STATES) // 2)
 _BRANCH = 2 * (_BEFORE % 2) + (NEXT[1, _BEFORE] == np.arange(STATES))
 """How they do: 2 * quantiser + parity of the symbol (2, states)."""
 
+_WAYS = _BRANCH.reshape(-1)
+
 
 def best_symbols(
     frequencies: FrequencyTables, layout: Layout, scaled: Floats, slope: Floats
@@ -71,21 +73,30 @@ def _branches(
 def _best_branches(costs: Costs) -> npt.NDArray[np.intp]:
     """The branches of the cheapest paths: costs (branches, steps, paths) to (steps, paths)."""
     _, steps, paths = costs.shape
-    # Of each step: from the lower states and from the upper ones, two ways each.
-    ways = costs[_BRANCH].reshape(2, _HALF, 2, steps, paths).transpose(3, 0, 1, 2, 4)
-    ways = np.ascontiguousarray(ways)
     total = np.full((2, _HALF, 1, paths), np.inf, dtype=costs.dtype)
     total[0, 0] = 0.0
-    from_upper = np.empty((steps, STATES, paths), dtype=bool)
-    for step in range(steps):
-        lower, upper = total + ways[step]
-        np.less(upper, lower, out=from_upper[step].reshape(_HALF, 2, paths))
-        total = np.minimum(lower, upper).reshape(2, _HALF, 1, paths)
+    # Ways into the states: from the lower states and from the upper ones, two from each.
+    ways = np.empty((2, _HALF, 2, paths), dtype=costs.dtype)
+    lower, upper = ways
+    best = np.empty((_HALF, 2, paths), dtype=costs.dtype)
+    from_upper = np.empty((steps, _HALF, 2, paths), dtype=bool)
+    # Steps are many and short: nothing is made in them that could be made once.
+    for cost, chosen in zip(np.ascontiguousarray(costs.transpose(1, 0, 2)), from_upper, strict=True):
+        cost.take(_WAYS, axis=0, out=ways.reshape(len(_WAYS), paths), mode="clip")
+        np.add(ways, total, out=ways)
+        np.less(upper, lower, out=chosen)
+        np.minimum(lower, upper, out=best)
+        total = best.reshape(2, _HALF, 1, paths)
     state = total.reshape(STATES, paths).argmin(axis=0)
-    place = np.arange(paths)
-    branches = np.empty((steps, paths), dtype=np.intp)
+    place, at = np.arange(paths), np.empty(paths, dtype=np.intp)
+    states = np.empty((steps, paths), dtype=np.intp)
+    uppers = np.empty((steps, paths), dtype=bool)
     for step in reversed(range(steps)):
-        upper = from_upper[step, state, place]
-        branches[step] = _BRANCH[upper.astype(np.intp), state]
-        state = _BEFORE[upper.astype(np.intp), state]
-    return branches
+        states[step] = state
+        np.multiply(state, paths, out=at)
+        np.add(at, place, out=at)
+        from_upper[step].reshape(-1).take(at, out=uppers[step], mode="clip")
+        # As _BEFORE has it.
+        np.right_shift(state, 1, out=state)
+        np.add(state, _HALF, out=state, where=uppers[step])
+    return np.asarray(_BRANCH[uppers.view(np.uint8), states])

@@ -139,11 +139,12 @@ def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Seque
     reach = draft.frequencies.reach.astype(np.int64)
     counts = _Counts(config, reach)
     for batch in batches:
+        with torch.no_grad():
+            lapped = coder.analysis.lapped(batch)[:, 0].cpu().numpy()
         for quality in CALIBRATION_QUALITIES:
             with torch.no_grad(), in_fewer_bits(batch):
                 y, z = coder.analysis(batch, torch.full((len(batch),), float(quality)).to(batch))
                 codes = quantise_codes(coder.codebook.entries, z).to(torch.uint8).cpu().numpy()
-                lapped = coder.analysis.lapped(batch)[:, 0].cpu().numpy()
             latents = y.permute(0, 2, 3, 4, 1).cpu().numpy() / draft.context.unit
             for values, one_codes, chunk in zip(latents, codes, lapped, strict=True):
                 for stage, row in enumerate(one_codes):

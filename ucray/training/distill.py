@@ -172,8 +172,11 @@ class Trainer:
         freeze(self.coder)
         moved = [batch.to(self.device) for batch in batches]
         found = Networks(self.config, self.coder, self.teacher, self.student)
+        # Nothing is learned any more: what the linear parts are multiplied with is made once.
+        self._modules().eval()
         made = prune(found, moved, keep_coder=self.settings.keep_stream)
         weights = to_weights(made.config, made.coder, made.teacher, made.student, moved, training)
+        self._modules().train()
         return Weights(weights.config, {**weights.tensors, **self._kept_tensors}, training)
 
     def to_bytes(self) -> bytes:

@@ -70,7 +70,7 @@ def without(found: Networks, part: str, name: str) -> Networks:
     """A decoder ("student" or "teacher") without what a `name` of the configuration sizes."""
     config = msgspec.structs.replace(found.config, **{name: None})
     old: LinearSynthesis = getattr(found, part)
-    new = synthesis_of(config, part).to(next(old.parameters()).device)
+    new = synthesis_of(config, part).to(next(old.parameters()).device).train(old.training)
     kept = old.state_dict()
     new.load_state_dict({name: kept[name] for name in new.state_dict()})
     made = replace(found, config=config)
@@ -83,12 +83,12 @@ def with_linear_analysis(found: Networks, codes: Tensor) -> Networks:
     largest = LARGEST_FEATURE / FEATURE_UNITS
     vector = book.lookup(codes[None].to(book.entries.device))[0].clamp(-largest, largest)
     config = msgspec.structs.replace(found.config, analysis=None, code_stages=0, code_width=0)
-    coder = Coder(config)
+    coder = Coder(config).train(found.coder.training)
     folded = {f"prior.networks.{n}.0": 0 for n in range(len(found.coder.prior.networks))}
     _fold(found.coder, coder, vector, folded)
     decoders = []
     for part, old in (("teacher", found.teacher), ("student", found.student)):
-        new = synthesis_of(config, part)
+        new = synthesis_of(config, part).train(old.training)
         _fold(old, new, vector, {} if getattr(config, part) is None else {"enter": config.latents})
         decoders.append(new)
     teacher, student = decoders
