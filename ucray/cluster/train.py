@@ -52,7 +52,7 @@ TILES_PER_WORKER = 8
 """Tiles a worker must have at least for a share of them to do."""
 
 CALIBRATION_BATCHES = (4, 32)
-"""Batches that symbols are counted on: an eighth of the steps, between these. One takes longer than a step."""
+"""Batches that symbols are counted on: an eighth of the steps, between these; one takes as long as some."""
 
 SHOWN_STEPS = 4
 BOARD_SECONDS = 10.0
