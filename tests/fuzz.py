@@ -15,7 +15,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from conftest import TINY_DEPENDENT, build_weights, smooth_volume_of
+from conftest import TINY, TINY_DEPENDENT, TINY_FILTERED, build_weights, smooth_volume_of
 from numpy.random import Generator
 
 from ucray.codec.bitstream import HEADER, MAGIC, VERSION, VERSION_SHIFT
@@ -31,17 +31,21 @@ FORMAT = ChunkFormat((32, 32, 32), "uint8", 0.0, 128.0, 30.0)
 INTERESTING = (0x00, 0x01, 0x7F, 0x80, 0xFF)
 
 
+CONFIGS = {1: TINY, 2: TINY_FILTERED, 3: TINY_DEPENDENT}
+"""By the version of their weights. Streams of 2 are parsed like those of 1."""
+
+
 @cache
-def weights() -> Weights:
+def weights(version: int = 3) -> Weights:
     """The weights that hostile chunks pretend to be coded with."""
-    return build_weights(TINY_DEPENDENT, seed=1)
+    return build_weights(CONFIGS[version], seed=1)
 
 
 @cache
-def _decoders() -> dict[str, ChunkDecoder]:
+def _decoders(version: int) -> dict[str, ChunkDecoder]:
     return {
-        "neural": ChunkDecoder(weights().decoder(), FORMAT),
-        "bounded": ChunkDecoder(weights().decoder(bounded=True), FORMAT),
+        "neural": ChunkDecoder(weights(version).decoder(), FORMAT),
+        "bounded": ChunkDecoder(weights(version).decoder(bounded=True), FORMAT),
     }
 
 
@@ -49,7 +53,7 @@ CHUNKS = ("tissue", "padded", "speckled", "flat", "noise", "bounded", "bounded p
 
 
 @cache
-def chunks() -> dict[str, bytes]:
+def chunks(version: int = 3) -> dict[str, bytes]:
     """Whole chunks of every kind, CHUNKS, as seeds."""
     tissue = np.clip(smooth_volume_of((32, 32, 32), 3) * 30 + 128, 1, 255).astype(np.uint8)
     padded = tissue.copy()
@@ -57,18 +61,18 @@ def chunks() -> dict[str, bytes]:
     speckled = np.where(np.random.default_rng(0).random(tissue.shape) < 0.1, 0, tissue).astype(np.uint8)
     flat = np.where(padded > 0, 7, 0).astype(np.uint8)
     noise = np.random.default_rng(1).integers(0, 255, tissue.shape, dtype=np.uint8)
-    plain = ChunkEncoder(weights(), FORMAT)
-    bounded = ChunkEncoder(weights(), FORMAT, max_error=2.0)
+    plain = ChunkEncoder(weights(version), FORMAT)
+    bounded = ChunkEncoder(weights(version), FORMAT, max_error=2.0)
     drawn = [plain.encode(voxels, 200, (1, 2, 3)) for voxels in (tissue, padded, speckled, flat, noise)]
     drawn += [bounded.encode(voxels, 100) for voxels in (tissue, padded)]
     return {name: packed.data for name, packed in zip(CHUNKS, drawn, strict=True)}
 
 
-def forged(data: bytes) -> bytes:
+def forged(data: bytes, version: int) -> bytes:
     """A chunk whose checksum, version and digest are right, whatever the flags and the rest say."""
     flags = data[0] & ((1 << VERSION_SHIFT) - 1) if data else 0
     head, tail = MAGIC + bytes([VERSION << VERSION_SHIFT | flags]), data[1:]
-    checked = bytes.fromhex(weights().stream_digest) + head + tail
+    checked = bytes.fromhex(weights(version).stream_digest) + head + tail
     return head + int(google_crc32c.value(checked)).to_bytes(4, "little") + tail
 
 
@@ -79,27 +83,32 @@ def unforged(chunk: bytes) -> bytes:
 
 def decode_chunk(data: bytes) -> None:
     """A forged chunk becomes voxels of the right shape, or is refused by name."""
-    chunk = forged(data)
-    for name, decoder in _decoders().items():
-        try:
-            voxels = decoder.decode(chunk)
-        except ChunkError:
-            continue
-        except WeightsError:
-            # An archive of bounded chunks has no student, and the other way round.
-            assert chunk[1] & 0x07 in (0, 3), name
-            continue
-        assert voxels.shape == FORMAT.shape
-        assert voxels.dtype == np.uint8
+    for version in (1, 3):
+        chunk = forged(data, version)
+        for name, decoder in _decoders(version).items():
+            try:
+                voxels = decoder.decode(chunk)
+            except ChunkError:
+                continue
+            except WeightsError:
+                # An archive of bounded chunks has no student, and the other way round.
+                assert chunk[1] & 0x07 in (0, 3), name
+                continue
+            assert voxels.shape == FORMAT.shape
+            assert voxels.dtype == np.uint8
 
 
 def load_weights(data: bytes) -> None:
-    """Bytes are weights that decode or refuse a chunk, or no weights."""
+    """Bytes are weights that decode or refuse chunks, or no weights."""
     try:
         decoder = ChunkDecoder(Weights.from_bytes(data), FORMAT)
-        decoder.decode(chunks()["tissue"])
     except UcrayError:
         return
+    for version in CONFIGS:
+        try:
+            decoder.decode(chunks(version)["tissue"])
+        except UcrayError:
+            continue
 
 
 def load_configuration(data: bytes) -> None:
@@ -115,8 +124,11 @@ def load_configuration(data: bytes) -> None:
 
 
 TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], tuple[bytes, ...]]]] = {
-    "chunk": (decode_chunk, lambda: tuple(map(unforged, chunks().values()))),
-    "weights": (load_weights, lambda: (weights().decoder().to_bytes(),)),
+    "chunk": (
+        decode_chunk,
+        lambda: tuple(unforged(chunk) for version in (1, 3) for chunk in chunks(version).values()),
+    ),
+    "weights": (load_weights, lambda: tuple(weights(version).decoder().to_bytes() for version in CONFIGS)),
     "configuration": (
         load_configuration,
         lambda: (json.dumps(UcrayCodec(weights(), 128.0, 30.0, 100).to_dict()).encode(),),
