@@ -52,7 +52,10 @@ TILES_PER_WORKER = 8
 """Tiles a worker must have at least for a share of them to do."""
 
 CALIBRATION_BATCHES = (4, 32)
-"""Batches that symbols are counted on: an eighth of the steps, between these; one takes as long as some."""
+"""Batches that symbols are counted on: an eighth of the steps, between these; one takes as long as some.
+
+The most where there were weights to start from: few steps then, or one, may be all that they need.
+"""
 
 SHOWN_STEPS = 4
 BOARD_SECONDS = 10.0
@@ -268,7 +271,7 @@ def _work(loop: dict[str, Any]) -> None:
     files = {}
     if rank == 0:
         fewest, most = CALIBRATION_BATCHES
-        counted = min(max(trainer.total_steps // 8, fewest), most)
+        counted = most if job.start is not None else min(max(trainer.total_steps // 8, fewest), most)
         batches = [sampler.draw(job.settings.batch) for _ in range(counted)]
         # A worker that is lost between here and the end goes on from here.
         files[STATE_FILE] = trainer.to_bytes()
