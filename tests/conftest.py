@@ -63,6 +63,9 @@ TINY_FILTERED = msgspec.structs.replace(
 TINY_DEPENDENT = msgspec.structs.replace(TINY, first_dependent=18)
 """With a trellis: weights of version 3."""
 
+TINY_INTERLACED = msgspec.structs.replace(TINY_DEPENDENT, interlaced=True)
+"""With its first group interlaced too: weights of version 4."""
+
 TINY_ANISOTROPIC = msgspec.structs.replace(TINY, levels=(0, 2, 2), latent_stride=(1, 2, 2))
 """For thick slices: 2 x 16 x 16 voxels a code."""
 
@@ -95,6 +98,12 @@ def filtered_weights() -> Weights:
 def dependent_weights() -> Weights:
     """Like `tiny_weights`, for `TINY_DEPENDENT`."""
     return build_weights(TINY_DEPENDENT, seed=1)
+
+
+@pytest.fixture(scope="session")
+def interlaced_weights() -> Weights:
+    """Like `tiny_weights`, for `TINY_INTERLACED`."""
+    return build_weights(TINY_INTERLACED, seed=1)
 
 
 @pytest.fixture(scope="session")

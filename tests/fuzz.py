@@ -15,7 +15,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from conftest import TINY, TINY_DEPENDENT, TINY_FILTERED, build_weights, smooth_volume_of
+from conftest import TINY, TINY_DEPENDENT, TINY_FILTERED, TINY_INTERLACED, build_weights, smooth_volume_of
 from numpy.random import Generator
 
 from ucray.codec.bitstream import HEADER, MAGIC, VERSION, VERSION_SHIFT
@@ -31,12 +31,15 @@ FORMAT = ChunkFormat((32, 32, 32), "uint8", 0.0, 128.0, 30.0)
 INTERESTING = (0x00, 0x01, 0x7F, 0x80, 0xFF)
 
 
-CONFIGS = {1: TINY, 2: TINY_FILTERED, 3: TINY_DEPENDENT}
-"""By the version of their weights. Streams of 2 are parsed like those of 1."""
+CONFIGS = {1: TINY, 2: TINY_FILTERED, 3: TINY_DEPENDENT, 4: TINY_INTERLACED}
+"""By the version of their weights."""
+
+PARSED = (1, 3, 4)
+"""Versions whose streams are parsed in ways of their own."""
 
 
 @cache
-def weights(version: int = 3) -> Weights:
+def weights(version: int = 4) -> Weights:
     """The weights that hostile chunks pretend to be coded with."""
     return build_weights(CONFIGS[version], seed=1)
 
@@ -53,7 +56,7 @@ CHUNKS = ("tissue", "padded", "speckled", "flat", "noise", "bounded", "bounded p
 
 
 @cache
-def chunks(version: int = 3) -> dict[str, bytes]:
+def chunks(version: int = 4) -> dict[str, bytes]:
     """Whole chunks of every kind, CHUNKS, as seeds."""
     tissue = np.clip(smooth_volume_of((32, 32, 32), 3) * 30 + 128, 1, 255).astype(np.uint8)
     padded = tissue.copy()
@@ -83,7 +86,7 @@ def unforged(chunk: bytes) -> bytes:
 
 def decode_chunk(data: bytes) -> None:
     """A forged chunk becomes voxels of the right shape, or is refused by name."""
-    for version in (1, 3):
+    for version in PARSED:
         chunk = forged(data, version)
         for name, decoder in _decoders(version).items():
             try:
@@ -126,7 +129,7 @@ def load_configuration(data: bytes) -> None:
 TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], tuple[bytes, ...]]]] = {
     "chunk": (
         decode_chunk,
-        lambda: tuple(unforged(chunk) for version in (1, 3) for chunk in chunks(version).values()),
+        lambda: tuple(unforged(chunk) for version in PARSED for chunk in chunks(version).values()),
     ),
     "weights": (load_weights, lambda: tuple(weights(version).decoder().to_bytes() for version in CONFIGS)),
     "configuration": (

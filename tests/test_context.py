@@ -8,27 +8,27 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from conftest import TINY, build_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from ucray.codec.context import (
     FEATURE_UNITS,
     LARGEST_FIRST_SUM,
-    NEIGHBOURS,
     Codes,
     ContextModel,
     Layer,
-    Pass,
     Walk,
-    coding_passes,
 )
 from ucray.codec.entropy import encode
 from ucray.codec.frequencies import SILENT
-from ucray.codec.prior import ContextPrior, checkerboard
+from ucray.codec.passes import INTERLACED, Colour, Pass, coding_passes
+from ucray.codec.prior import ContextPrior
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES
 from ucray.errors import ChunkError, WeightsError
-from ucray.grid import Shape3
+from ucray.grid import Shape3, triple
 
 Latents = dict[tuple[int, int, int, int], int]
 
@@ -69,13 +69,15 @@ def prediction_reference(
     inputs = [max(-511, min(511, value)) for value in inputs]
     for power in (1, 2):
         inputs.append(math.floor(FEATURE_UNITS * (quality / (QUALITIES - 1)) ** power + 0.5))
-    values = []
-    for a, b, c in NEIGHBOURS:
-        for channel in range(part.known):
-            value = known.get((cell[0] + a, cell[1] + b, cell[2] + c, channel), 0)
-            values.append(max(-511, min(511, floor_shift(value * int(model.inward[channel]), 16))))
-    inputs += values
-    inputs += [math.floor(math.sqrt(abs(value) * 32) + 0.5) for value in values[: part.known]]
+
+    def features(a: int, b: int, c: int) -> list[int]:
+        around = [known.get((cell[0] + a, cell[1] + b, cell[2] + c, n), 0) for n in range(part.known)]
+        units = [floor_shift(v * int(i), 16) for v, i in zip(around, model.inward[: part.known], strict=True)]
+        return [max(-511, min(511, unit)) for unit in units]
+
+    for offset in part.colour.offsets:
+        inputs += features(*offset)
+    inputs += [math.floor(math.sqrt(abs(value) * 32) + 0.5) for value in features(0, 0, 0)]
     first, middle, last = model.networks[model.passes.index(part)]
     hidden = [max(0, min(1 << 16, h)) for h in layer_reference(first, inputs, 3)]
     hidden = [max(0, min(1 << 16, h)) for h in layer_reference(middle, hidden)]
@@ -92,36 +94,56 @@ def prediction_reference(
 @given(
     st.lists(st.integers(1, 5), min_size=1, max_size=5),
     st.integers(0, 6),
-    st.tuples(*[st.integers(1, 4)] * 3),
+    st.booleans(),
+    st.tuples(*[st.integers(1, 6)] * 3),
 )
 def test_passes_meet_every_latent_once_and_know_only_what_was_coded(
-    groups: list[int], checkered: int, shape: Shape3
+    groups: list[int], checkered: int, interlaced: bool, shape: Shape3
 ) -> None:
     coded = np.zeros((sum(groups), *shape), dtype=int)
-    odd = checkerboard(shape, torch.device("cpu")).numpy()
-    for part in coding_passes(groups, checkered):
-        here = np.ones(shape, bool) if part.colour is None else odd == bool(part.colour)
-        before = coded[: part.known]
-        # At the second colour of a group, its own latents are known at the first colour alone.
-        expected = np.ones_like(before)
-        expected[part.first :] = ~here
-        np.testing.assert_array_equal(before, expected)
+    for part in coding_passes(groups, checkered, interlaced=interlaced):
+        here = part.colour.cells(shape)
+        # Groups before it are known at all cells, its own where it was coded: nothing else is there.
+        assert (coded[: part.first] == 1).all()
+        assert (coded[part.known :] == 0).all()
+        assert (coded[part.first : part.last, here] == 0).all()
         coded[part.first : part.last, here] += 1
     assert (coded == 1).all()
 
 
-@settings(max_examples=10)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 100, 255]))
-def test_predictions_follow_from_whole_numbers(tiny_weights: Weights, seed: int, quality: int) -> None:
-    model = tiny_weights.stream.context
-    codes = codes_of(tiny_weights, GRID, seed)
+def test_later_colours_look_where_something_was_coded() -> None:
+    """Of the cells around one, by colour: those that stand in its context."""
+    shape = (8, 8, 8)
+    inside = (slice(2, 6),) * 3
+    coded = np.zeros(shape, dtype=int)
+    seen = {}
+    for colour in INTERLACED:
+        here = colour.cells(shape)
+        around = sum(np.roll(coded, [-n for n in offset], (0, 1, 2)) for offset in colour.offsets)
+        seen[colour] = set(np.asarray(around)[inside][here[inside]].tolist())
+        coded[here] = 1
+    assert seen[Colour.FIRST] == {0}
+    assert seen[Colour.SECOND] == {6}
+    assert [seen[c] for c in (Colour.LAYER_X, Colour.LAYER_Y, Colour.LAYER_Z)] == [{4}, {8}, {12}]
+    assert seen[Colour.ODD] == {6}
+
+
+@settings(max_examples=20)
+@given(st.booleans(), st.integers(0, 2**32 - 1), st.sampled_from([0, 100, 255]))
+def test_predictions_follow_from_whole_numbers(
+    tiny_weights: Weights, interlaced_weights: Weights, interlaced: bool, seed: int, quality: int
+) -> None:
+    weights = interlaced_weights if interlaced else tiny_weights
+    model = weights.stream.context
+    codes = codes_of(weights, GRID, seed)
     random = np.random.default_rng(seed)
     walk = Walk(model, codes, quality)
-    shape = walk.latents.shape[:3]
+    shape = triple(iter(walk.latents.shape[:3]))
     known: Latents = {}
     for part in model.passes:
         mean, tables = walk.predict(part)
-        cells = [c for c in np.ndindex(*shape) if part.colour is None or sum(c) % 2 == part.colour]
+        colour = part.colour.cells(shape)
+        cells = [c for c in np.ndindex(*shape) if colour[c]]
         # Mostly small symbols; some so large that features and latents meet their limits.
         symbols = random.integers(-3, 4, mean.shape) * random.choice([1, 1, 1, 10000], mean.shape)
         assert mean.shape == tables.shape == (len(cells), part.channels)
@@ -169,11 +191,13 @@ def test_sums_of_a_first_layer_stay_exact_in_float32(tiny_weights: Weights) -> N
         Weights(tiny_weights.config, tensors).check_stream()
 
 
-def test_a_stream_decodes_to_what_was_quantised(tiny_weights: Weights) -> None:
-    stream = tiny_weights.stream
-    codes = codes_of(tiny_weights, (2, 2, 2))
+@pytest.mark.parametrize("name", ["tiny_weights", "interlaced_weights"])
+def test_a_stream_decodes_to_what_was_quantised(name: str, request: pytest.FixtureRequest) -> None:
+    weights: Weights = request.getfixturevalue(name)
+    stream = weights.stream
+    codes = codes_of(weights, (2, 2, 2))
     random = np.random.default_rng(1)
-    shape = (4, 4, 4, tiny_weights.config.latents)
+    shape = (4, 4, 4, weights.config.latents)
     spread = stream.context.deviation / stream.context.unit
     latents = (random.standard_normal(shape) * spread).astype(np.float32)
     for quality in (0, 60, 200, 255):
@@ -184,8 +208,9 @@ def test_a_stream_decodes_to_what_was_quantised(tiny_weights: Weights) -> None:
         step = stream.context.step[quality]
         loud = np.concatenate(symbols.tables) != SILENT
         assert loud.any()
-        # A latent is rounded at worst to the far one of its two neighbours, or not coded at all.
-        worst = np.abs(latents - quantised.latents) / step
+        # A latent is rounded at worst to the far one of its two neighbours, or not coded at all. On a path
+        # the two lie twice as far apart.
+        worst = np.abs(latents - quantised.latents) / (step * stream.context.spacing)
         assert worst[np.nonzero(worst > 1)].size <= (~loud).sum() + latents.size - len(loud)
 
 
@@ -240,12 +265,17 @@ def test_a_finer_quality_comes_closer(tiny_weights: Weights) -> None:
     assert sizes[0] < sizes[1] < sizes[2]
 
 
-def test_training_sees_the_means_and_bits_of_the_whole_numbers(tiny_weights: Weights) -> None:
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_training_sees_the_means_and_bits_of_the_whole_numbers(
+    interlaced: bool, tiny_weights: Weights
+) -> None:
     """The float network of training against the whole-number network of the stream."""
-    config, stream = tiny_weights.config, tiny_weights.stream
+    config = replace(TINY, interlaced=interlaced)
+    weights = build_weights(config, seed=1) if interlaced else tiny_weights
+    stream = weights.stream
     prior = ContextPrior(config)
     prior.from_integers(stream.context)
-    codes = codes_of(tiny_weights, (2, 2, 2))
+    codes = codes_of(weights, (2, 2, 2))
     context = stream.context
     random = np.random.default_rng(3)
     y = random.standard_normal((4, 4, 4, config.latents)).astype(np.float32) * context.deviation

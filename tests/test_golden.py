@@ -25,10 +25,21 @@ from ucray.storage.shard import split
 
 GOLDEN = Path(__file__).parent / "golden"
 
-EXACT = {"bounded": 4046131818, "lossless": 163987942, "dependent-bounded": 3916774136}
+EXACT = {
+    "bounded": 4046131818,
+    "lossless": 163987942,
+    "dependent-bounded": 3916774136,
+    "interlaced-bounded": 490358148,
+}
 """CRC-32C of an archive's voxels, row-major."""
 
-LATENTS = {"networks": 3303943537, "linear": 3066869082, "filtered": 3995166416, "dependent": 828967988}
+LATENTS = {
+    "networks": 3303943537,
+    "linear": 3066869082,
+    "filtered": 3995166416,
+    "dependent": 828967988,
+    "interlaced": 1942939210,
+}
 """CRC-32C of all whole latents of an archive, int64, chunk by chunk."""
 
 KINDS = dict.fromkeys(LATENTS, set(Kind) - {Kind.BOUNDED})

@@ -46,7 +46,7 @@ def test_both_stages_learn(tiny_config: CodecConfig) -> None:
     batch = TileSampler(tiles, CHUNK, tiny_config, 0).draw(4)
     settings = TrainingConfig(teacher_steps=80, student_steps=40, learning_rate=4e-3)
     trainer = Trainer(tiny_config, settings)
-    trainer.start(batch)
+    trainer.start(lambda count: batch)
     teacher = [trainer.step(batch)["loss"] for _ in range(80)]
     assert np.mean(teacher[-10:]) < 0.95 * np.mean(teacher[:10])
     student = [trainer.step(batch) for _ in range(40)]
@@ -64,7 +64,7 @@ def test_stage_two_leaves_the_stream_alone(
     for steps in (1, 6):
         trainer = Trainer(tiny_config, SETTINGS.model_copy(update={"student_steps": steps}))
         draws = sampler()
-        trainer.start(draws.draw(8))
+        trainer.start(draws.draw)
         _run(trainer, draws, trainer.total_steps)
         calibration = [torch.zeros(1, 1, *CHUNK)]
         digests.append(trainer.finish(calibration, {}).stream_digest)
@@ -76,10 +76,10 @@ def test_a_run_goes_on_from_its_checkpoint(
     sampler: Callable[[], TileSampler], tiny_config: CodecConfig, stop: int
 ) -> None:
     whole, draws = Trainer(tiny_config, SETTINGS), sampler()
-    whole.start(draws.draw(8))
+    whole.start(lambda count: draws.draw(8))
     expected = _run(whole, draws, whole.total_steps)
     first, draws = Trainer(tiny_config, SETTINGS), sampler()
-    first.start(draws.draw(8))
+    first.start(lambda count: draws.draw(8))
     _run(first, draws, stop)
     second = Trainer(tiny_config, SETTINGS)
     second.from_bytes(first.to_bytes())

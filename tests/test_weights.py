@@ -174,7 +174,7 @@ def test_foreign_safetensors_are_refused(tiny_weights: Weights) -> None:
     for data in (
         save({"weight": np.zeros(3, np.float32)}),
         save({"weight": np.zeros(3, np.float32)}, metadata={"format": "pt"}),
-        rewritten(tiny_weights, {}, key="ucray-weights-4"),
+        rewritten(tiny_weights, {}, key="ucray-weights-5"),
     ):
         with pytest.raises(WeightsError, match=FORMAT):
             Weights.from_bytes(bytes(data))

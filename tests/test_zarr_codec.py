@@ -296,7 +296,7 @@ def test_incomplete_configurations_are_refused(key: str | None, tiny_weights: We
 
 
 def test_a_later_version_is_named_whatever_else_it_holds() -> None:
-    with pytest.raises(ArchiveError, match="version 6; this ucray reads 1, 2, 3"):
+    with pytest.raises(ArchiveError, match="version 6; this ucray reads 1, 2, 3, 4"):
         UcrayCodec.from_dict({"name": NAME, "configuration": {"version": 6, "model": "x"}})
 
 

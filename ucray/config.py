@@ -83,7 +83,8 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     with it, and with it alone.
 
     Symbols of frequency tables from `first_dependent` on lie on the paths of a trellis
-    (`ucray.codec.trellis`); without it all are rounded one by one.
+    (`ucray.codec.trellis`); without it all are rounded one by one. Where it is `interlaced`, the first
+    group's checkerboard is coded in six passes (`ucray.codec.passes`).
     """
 
     wavelet: str = "haar"
@@ -106,11 +107,14 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     teacher_filter: FilterConfig | None = None
     student_filter: FilterConfig | None = None
     first_dependent: Annotated[int, msgspec.Meta(ge=1, le=84)] | None = None
+    interlaced: bool = False
 
     def __post_init__(self) -> None:
         linear = self.analysis is None
         if (self.code_stages == 0) != linear or (self.code_width == 0) != linear:
             raise ValueError("codes have stages and a width where an analysis computes them, and only there")
+        if self.interlaced and not self.checkered:
+            raise ValueError("what is interlaced is the first half of a checkerboard")
 
     @classmethod
     def parse(cls, found: object) -> CodecConfig:
@@ -120,9 +124,12 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold; digests are taken of it.
 
-        Version 1 knew no post-filters, version 2 no trellis: without, they are what they were.
+        Version 1 knew no post-filters, version 2 no trellis, version 3 nothing interlaced: without, they are
+        what they were.
         """
         plain: dict[str, Any] = msgspec.to_builtins(self)
+        if self.version < 4:
+            del plain["interlaced"]
         if self.version < 3:
             del plain["first_dependent"]
         if self.version == 1:
@@ -132,6 +139,8 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def version(self) -> int:
         """Version of the weights' format: the first that knows all of this."""
+        if self.interlaced:
+            return 4
         if self.first_dependent is not None:
             return 3
         filtered = self.teacher_filter is not None or self.student_filter is not None
@@ -236,6 +245,7 @@ def config_for_voxels(voxel_size: tuple[float, float, float], *, large: bool = F
         teacher_filter=TEACHER_FILTER,
         student_filter=STUDENT_FILTER,
         first_dependent=FIRST_DEPENDENT,
+        interlaced=True,
     )
     if math.prod(config.latent_cell) < SMALL_CELL:
         config = msgspec.structs.replace(config, groups=SMALL_GROUPS, checkered=3, **SMALL_NETWORKS)

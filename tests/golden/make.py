@@ -17,7 +17,14 @@ import zarr
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from conftest import TINY, TINY_DEPENDENT, TINY_FILTERED, build_weights, smooth_volume_of  # noqa: E402
+from conftest import (  # noqa: E402
+    TINY,
+    TINY_DEPENDENT,
+    TINY_FILTERED,
+    TINY_INTERLACED,
+    build_weights,
+    smooth_volume_of,
+)
 
 import ucray  # noqa: E402
 from ucray.grid import Shape3  # noqa: E402
@@ -37,7 +44,7 @@ def volume(shape: Shape3, seed: int) -> Any:
     return voxels
 
 
-TINY_OF = {"v1": (TINY, 1), "v2": (TINY_FILTERED, 3), "v3": (TINY_DEPENDENT, 1)}
+TINY_OF = {"v1": (TINY, 1), "v2": (TINY_FILTERED, 3), "v3": (TINY_DEPENDENT, 1), "v4": (TINY_INTERLACED, 1)}
 """Configuration and seed of the untrained weights."""
 
 ARCHIVES: dict[str, dict[str, tuple[dict[str, object], str]]] = {
@@ -51,6 +58,10 @@ ARCHIVES: dict[str, dict[str, tuple[dict[str, object], str]]] = {
     "v3": {
         "dependent": ({"ratio": 8}, "tiny.safetensors"),
         "dependent-bounded": ({"max_error": 2}, "tiny.safetensors"),
+    },
+    "v4": {
+        "interlaced": ({"ratio": 8}, "tiny.safetensors"),
+        "interlaced-bounded": ({"max_error": 2}, "tiny.safetensors"),
     },
 }
 """Targets and weights."""

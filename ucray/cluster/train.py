@@ -42,7 +42,7 @@ from ucray.errors import JobError, SettingsError
 from ucray.grid import Box, Shape3
 from ucray.settings import TrainingConfig
 from ucray.storage.volume import Volume
-from ucray.training.distill import START_TILES, Trainer
+from ucray.training.distill import Trainer
 from ucray.training.tiles import Tile, TileSampler, prepare_tiles, tile_seed
 
 TILES = 192
@@ -166,8 +166,10 @@ def train(
 
 
 def trained_config(config: CodecConfig, *, keep_stream: bool) -> CodecConfig:
-    """What training makes of a configuration: symbols that are counted anew lie on the paths of a trellis."""
-    return config if keep_stream else replace(config, first_dependent=FIRST_DEPENDENT)
+    """What training makes of a configuration: what is counted anew is interlaced, and on paths."""
+    if keep_stream:
+        return config
+    return replace(config, first_dependent=FIRST_DEPENDENT, interlaced=config.checkered > 0)
 
 
 def fitting_chunk(chunk: Shape3, shape: Shape3, config: CodecConfig) -> Shape3:
@@ -250,10 +252,10 @@ def _work(loop: dict[str, Any]) -> None:
         wrap=lambda module: ray.train.torch.prepare_model(module, move_to_device=False),
         rank=rank,
     )
-    # All workers start the linear parts from the same crops, whatever tiles they hold: rank 0's.
+    # All workers start from the same crops, whatever tiles they hold: rank 0's.
     seed = partial(tile_seed, job.settings.seed, rank)
     sampler = TileSampler(tiles, job.chunk, job.config, seed(0), device=str(device))
-    trainer.start(_from_first(sampler.draw(START_TILES)))
+    trainer.start(lambda count: _from_first(sampler.draw(count)))
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             trainer.from_bytes((Path(folder) / STATE_FILE).read_bytes())

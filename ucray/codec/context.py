@@ -1,6 +1,6 @@
 """The context model in whole numbers: mean and table of every latent, from what is coded already.
 
-A context network sees the latents coded so far, at its cell and the six beside it; the roots of
+A context network sees the latents coded so far, at its cell and some around it; the roots of
 their sizes at its cell; and the codebook's vector and the quality. Every number in it is whole, and
 every sum stays below 2^24 in the first layer, the largest, and below 2^53 in the others: so float32 and
 float64 compute them exactly, in any order of summation, and a stream written on one machine parses on
@@ -11,22 +11,16 @@ every other, with the speed of a matrix product.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from ucray.codec.passes import QUALITY_FEATURES, Colour, Geometry, Pass, Whole, coding_passes
 from ucray.config import QUALITIES
 from ucray.grid import Shape3, triple
-
-NEIGHBOURS = ((0, 0, 0), (-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1))
-"""Offsets (z, y, x) on the latent grid that a context network looks at."""
-
-QUALITY_FEATURES = 2
-"""The quality's share of its range, and its square."""
 
 FEATURE_UNITS = 32
 """Units of a network's inputs: of a latent's standard deviation, or of a codebook vector's one."""
@@ -60,49 +54,11 @@ TABLE_OCTAVES = (-4.5, 6.0)
 TABLES = int((TABLE_OCTAVES[1] - TABLE_OCTAVES[0]) * SCALE_UNITS / TABLE_UNITS) + 1
 
 
-def context_inputs(code_width: int, known: int) -> int:
-    """Inputs of the network of a pass with `known` channels in its context."""
-    return code_width + QUALITY_FEATURES + (len(NEIGHBOURS) + 1) * known
-
-
 Codes = npt.NDArray[np.uint8]
 Tables = npt.NDArray[np.uint8]
-Whole = npt.NDArray[np.int64]
 Numbers = TypeVar("Numbers", npt.NDArray[np.int64], npt.NDArray[np.float64])
 Inputs = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One step of coding: channels `first` to `last`, at cells of one colour of the checkerboard.
-
-    `colour` is 0 (z + y + x even) or 1, or None for all cells. `known` channels stand in the context;
-    at colour 1 these include the pass's own, at the cells of colour 0.
-    """
-
-    first: int
-    last: int
-    colour: int | None
-
-    @property
-    def channels(self) -> int:
-        return self.last - self.first
-
-    @property
-    def known(self) -> int:
-        return self.last if self.colour == 1 else self.first
-
-
-def coding_passes(groups: Sequence[int], checkered: int) -> tuple[Pass, ...]:
-    """The passes over all latents, in order."""
-    passes = []
-    first = 0
-    for number, channels in enumerate(groups):
-        colours = (0, 1) if number < checkered else (None,)
-        passes += [Pass(first, first + channels, colour) for colour in colours]
-        first += channels
-    return tuple(passes)
 
 
 @dataclass(frozen=True)
@@ -147,7 +103,7 @@ class ContextModel:
 
     Parameters
     ----------
-    groups, checkered, code_stride
+    groups, checkered, interlaced, code_stride
         See `ucray.config.CodecConfig`.
     codebook
         int16 (stages, codes, width), in units of 1 / FEATURE_UNITS.
@@ -177,10 +133,11 @@ class ContextModel:
     deviation: npt.NDArray[np.float32]
     networks: tuple[tuple[Layer, Layer, Layer], ...]
     spacing: int = 1
+    interlaced: bool = False
 
     @cached_property
     def passes(self) -> tuple[Pass, ...]:
-        return coding_passes(self.groups, self.checkered)
+        return coding_passes(self.groups, self.checkered, interlaced=self.interlaced)
 
     @property
     def latents(self) -> int:
@@ -227,7 +184,7 @@ class Walk:
         shares = np.broadcast_to(np.array(share), (math.prod(shape), QUALITY_FEATURES))
         common = np.concatenate([side.reshape(len(shares), -1), shares], axis=1)
         self._common = np.clip(common, -LARGEST_FEATURE, LARGEST_FEATURE).astype(np.float32)
-        self._geometry = _Geometry.of(shape)
+        self._geometry = Geometry.of(shape)
         # On the grid with a border: a latent's value, and the root of its size.
         self._values = np.zeros((self._geometry.padded, model.latents), dtype=np.float32)
         self._roots = np.zeros((self._geometry.padded, model.latents), dtype=np.float32)
@@ -241,17 +198,17 @@ class Walk:
         return self._coded_in(part, values.reshape(-1, 1))
 
     def _coded_in(self, part: Pass, flat: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        return flat if part.colour is None else flat[self._geometry.cells[part.colour]]
+        return flat if part.colour is Colour.ALL else flat[self._geometry.cells[part.colour]]
 
     def predict(self, part: Pass) -> tuple[Whole, Tables]:
         """Mean, in units of the latents, and table of every latent of a pass: both (cells, channels)."""
         model = self._model
         first, middle, last = model.networks[model.passes.index(part)]
         geometry = self._geometry
-        inputs = [self._common if part.colour is None else self._common[geometry.cells[part.colour]]]
+        inputs = [self._common if part.colour is Colour.ALL else self._common[geometry.cells[part.colour]]]
         if part.known:
             around = self._values[:, : part.known][geometry.around[part.colour]]
-            inputs.append(around.reshape(len(around), -1))
+            inputs.append(around.reshape(len(around), around.shape[1] * part.known))
             inputs.append(self._roots[:, : part.known][geometry.places[part.colour]])
         hidden = _within(first(*inputs, gain=HIDDEN_UNITS // FEATURE_UNITS), 0, LARGEST_HIDDEN)
         hidden = _within(middle(hidden), 0, LARGEST_HIDDEN)
@@ -287,31 +244,3 @@ def _within(values: Numbers, low: int, high: int) -> Numbers:
     """Clip in place; on arrays this small `np.clip` takes longer to look at its limits than at them."""
     np.maximum(values, low, out=values)
     return np.minimum(values, high, out=values)
-
-
-@dataclass(frozen=True, eq=False)
-class _Geometry:
-    """Where the cells of a chunk lie, by colour of the checkerboard (None: all of them).
-
-    `cells` are places in the grid, `places` and `around` (a cell and its neighbours) in the grid with
-    one cell of zeros on every side, which stands for what lies beyond the chunk; `padded` is the size of
-    that grid.
-    """
-
-    padded: int
-    cells: dict[int | None, Whole]
-    places: dict[int | None, Whole]
-    around: dict[int | None, Whole]
-
-    @staticmethod
-    @lru_cache(maxsize=16)
-    def of(shape: Shape3) -> _Geometry:
-        padded = triple(n + 2 for n in shape)
-        size = math.prod(padded)
-        all_places = np.arange(size).reshape(padded)[1:-1, 1:-1, 1:-1].reshape(-1)
-        offsets = np.array([(a * padded[1] + b) * padded[2] + c for a, b, c in NEIGHBOURS])
-        odd = (np.indices(shape).sum(axis=0) % 2).reshape(-1)
-        cells = {None: np.arange(len(odd)), 0: np.flatnonzero(odd == 0), 1: np.flatnonzero(odd)}
-        places = {colour: all_places[some] for colour, some in cells.items()}
-        around = {colour: some[:, None] + offsets for colour, some in places.items()}
-        return _Geometry(size, cells, places, around)

@@ -1,7 +1,7 @@
 """The prior on the latents while it is trained: context network, scales and quality gains, in floats.
 
 Latents are coded group by group (Minnen & Singh 2020, "Channel-wise autoregressive entropy models")
-and, in the first groups, as the two colours of a checkerboard (He et al. 2021). A small network on
+and, in the first groups, colour by colour (the two of a checkerboard: He et al. 2021). A small network on
 what is coded already, on the codebook's vectors and on the quality gives each latent a mean and a
 scale. Training works on floats with a differentiable estimate of the rate; `to_integers` turns the
 network into the whole numbers that alone may steer the entropy coder (`ucray.codec.context`).
@@ -9,9 +9,11 @@ network into the whole numbers that alone may steer the entropy coder (`ucray.co
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,17 +30,16 @@ from ucray.codec.context import (
     LARGEST_FEATURE,
     LARGEST_FIRST_SUM,
     LARGEST_STEP,
-    NEIGHBOURS,
     SCALE_UNITS,
     TABLE_OCTAVES,
     ContextModel,
     Layer,
-    coding_passes,
-    context_inputs,
 )
+from ucray.codec.passes import Colour, Pass, coding_passes
 from ucray.codec.rate import COARSEST_LAMBDA, FINEST_LAMBDA, LARGEST_THRESHOLD, SLOPE
 from ucray.codec.trellis import SPACING, WIDENING
 from ucray.config import QUALITIES, CodecConfig
+from ucray.grid import Shape3, triple
 
 Quality = TypeVar("Quality", float, Tensor)
 
@@ -78,11 +79,11 @@ class ContextPrior(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self._config = config
-        self.passes = coding_passes(config.groups, config.checkered)
+        self.passes = coding_passes(config.groups, config.checkered, interlaced=config.interlaced)
         self.networks = nn.ModuleList(
-            _network(context_inputs(config.code_width, part.known), config.context_width, 2 * part.channels)
+            _network(part.inputs(config.code_width), config.context_width, 2 * part.channels)
             for part in self.passes
-        )  # fmt: skip
+        )
         self.base = nn.Parameter(torch.zeros(config.latents))
         knots = torch.tensor([lambda_of(k * (QUALITIES - 1) / (KNOTS - 1)) for k in range(KNOTS)])
         # High-rate theory: a uniform quantiser of step D has slope dD/dR of D^2 ln(2) / 6.
@@ -122,21 +123,27 @@ class ContextPrior(nn.Module):
                 deviation=self.deviation.cpu().numpy(),
                 networks=tuple(_whole_network(network) for network in self.networks),
                 spacing=spacing,
+                interlaced=self._config.interlaced,
             )
 
-    def from_integers(self, model: ContextModel) -> None:
-        """Take over what `to_integers` gave."""
+    def from_integers(self, model: ContextModel) -> list[Pass]:
+        """Take over what `to_integers` gave; passes of which the model has no network are given back."""
+        stored = dict(zip(model.passes, model.networks, strict=True))
         with torch.no_grad():
             self.base.copy_(torch.from_numpy(model.base.astype(np.float32) / SCALE_UNITS))
             gain = torch.from_numpy(model.gain.astype(np.float32) / SCALE_UNITS)
             knots = torch.linalg.lstsq(_between_knots(), gain).solution
             self.log_gain.copy_(_in_units(knots + _widening(model.spacing > 1)))
             self.deviation.copy_(torch.from_numpy(model.deviation.copy()))
-            for network, layers in zip(self.networks, model.networks, strict=True):
+            for part, network in zip(self.passes, self.networks, strict=True):
+                if part not in stored:
+                    continue
+                layers = stored[part]
                 for linear, layer in zip(_linear_layers(network), layers, strict=True):
                     units = _input_units(layer is layers[0])
                     linear.weight.copy_(torch.from_numpy(layer.weight * 0.5**layer.shift))
                     linear.bias.copy_(torch.from_numpy(layer.bias * (0.5**layer.shift / units)))
+        return [part for part in self.passes if part not in stored]
 
     def forward(self, y: Tensor, vectors: Tensor, quality: Tensor, noise: Tensor | None = None) -> Coding:
         """Code latents pass by pass, as encoder and decoder do.
@@ -158,7 +165,6 @@ class ContextPrior(nn.Module):
         share = quality[:, None] / (QUALITIES - 1)
         shares = _as_feature(torch.cat([share, share * share], dim=1))[:, None, None, None, :]
         common = torch.cat([_as_feature(side, straight=True), shares.expand(*side.shape[:4], -1)], dim=-1)
-        dark = checkerboard(values.shape[1:4], values.device)[..., None]
         known: list[Tensor] = []
         decoded: list[Tensor] = []
         bits = torch.zeros(len(y), device=y.device)
@@ -166,7 +172,7 @@ class ContextPrior(nn.Module):
             inputs = [common]
             if known:
                 seen = torch.cat(known, dim=-1)
-                inputs += [*_neighbours(seen), seen.abs().sqrt()]
+                inputs += [*_around(seen, part.colour), seen.abs().sqrt()]
             output = network(torch.cat(inputs, dim=-1))
             here = slice(part.first, part.last)
             deviation = self.deviation[here]
@@ -177,11 +183,11 @@ class ContextPrior(nn.Module):
             sent = rounded if noise is None else scaled + noise.permute(0, 2, 3, 4, 1)[..., here]
             cost = rate_in_bits(sent, log_scale)
             found = mean + rounded * step[..., here]
-            if part.colour is not None:
-                mine = dark if part.colour else ~dark
+            if part.colour is not Colour.ALL:
+                mine = cells_of(part.colour, triple(iter(values.shape[1:4])), values.device)[..., None]
                 cost, found = cost * mine, found * mine
             bits = bits + cost.sum(dim=(1, 2, 3, 4))
-            if part.colour == 1:
+            if not part.colour.begins:
                 found = found + decoded.pop()
                 known.pop()
             decoded.append(found)
@@ -200,18 +206,19 @@ def _as_feature(values: Tensor, *, straight: bool = False) -> Tensor:
     return seen + (values - values.detach()) if straight else seen
 
 
-def checkerboard(shape: Sequence[int], device: torch.device) -> Tensor:
-    """True where z + y + x is odd: bool (z, y, x)."""
-    z, y, x = (torch.arange(n, device=device) for n in shape)
-    return (z[:, None, None] + y[:, None] + x) % 2 == 1
+@cache
+def cells_of(colour: Colour, shape: Shape3, device: torch.device) -> Tensor:
+    """True where a cell is of a colour: bool (z, y, x)."""
+    return torch.from_numpy(colour.cells(shape)).to(device)
 
 
-def _neighbours(values: Tensor) -> Iterator[Tensor]:
-    """Values at each of NEIGHBOURS, zero beyond the chunk: each like `values` (b, z, y, x, c)."""
-    padded = functional.pad(values, (0, 0, 1, 1, 1, 1, 1, 1))
+def _around(values: Tensor, colour: Colour) -> Iterator[Tensor]:
+    """Values at each of a colour's offsets, zero beyond the chunk: each like `values` (b, z, y, x, c)."""
+    reach = max(map(abs, itertools.chain(*colour.offsets)))
+    padded = functional.pad(values, (0, 0, *[reach] * 6))
     z, y, x = values.shape[1:4]
-    for a, b, c in NEIGHBOURS:
-        yield padded[:, 1 + a : 1 + a + z, 1 + b : 1 + b + y, 1 + c : 1 + c + x]
+    for a, b, c in colour.offsets:
+        yield padded[:, reach + a :, reach + b :, reach + c :][:, :z, :y, :x]
 
 
 def _network(inputs: int, width: int, outputs: int) -> nn.Sequential:

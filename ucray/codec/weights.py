@@ -26,10 +26,9 @@ from ucray.codec.context import (
     TABLES,
     ContextModel,
     Layer,
-    coding_passes,
-    context_inputs,
 )
 from ucray.codec.frequencies import TOTAL, FrequencyTables
+from ucray.codec.passes import Pass, coding_passes
 from ucray.codec.residual import Reference
 from ucray.codec.stream import StreamModel
 from ucray.codec.trellis import SPACING
@@ -38,7 +37,7 @@ from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import WeightsError
 
 FORMAT = "ucray-weights"
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2, 3, 4)
 """Of the format, which is the last part of the key that FORMAT begins, and the zarr codec's: FORMAT.md."""
 
 DECODER_PARTS = ("stream", "student")
@@ -106,8 +105,7 @@ class Weights:
         arrays = self.part("stream")
         config = self.config
         networks = tuple(
-            tuple(_layer(arrays, number, layer) for layer in LAYERS)
-            for number in range(len(coding_passes(config.groups, config.checkered)))
+            tuple(_layer(arrays, number, layer) for layer in LAYERS) for number in range(len(_passes(config)))
         )
         names = ("codebook", "unit", "step", "gain", "base", "deviation")
         context = ContextModel(
@@ -117,6 +115,7 @@ class Weights:
             **{name: arrays[name] for name in names},  # type: ignore[arg-type]
             networks=networks,  # type: ignore[arg-type]
             spacing=1 if config.first_dependent is None else SPACING,
+            interlaced=config.interlaced,
         )
         tables = ("reach", "frequencies", "code_frequencies")
         return StreamModel(context, FrequencyTables(**{name: arrays[name] for name in tables}))  # type: ignore[arg-type]
@@ -294,8 +293,8 @@ def _expected(config: CodecConfig) -> dict[str, tuple[tuple[int, ...] | None, st
         "reach": (None, "int16"),
         "frequencies": (None, "uint16"),
     }
-    for number, part in enumerate(coding_passes(config.groups, config.checkered)):
-        inputs, width = context_inputs(config.code_width, part.known), config.context_width
+    for number, part in enumerate(_passes(config)):
+        inputs, width = part.inputs(config.code_width), config.context_width
         widths = (inputs, width, width, 2 * part.channels)
         for name, here, there in zip(LAYERS, widths[:-1], widths[1:], strict=True):
             dtype = "int8" if name == LAYERS[0] else "int16"
@@ -303,6 +302,10 @@ def _expected(config: CodecConfig) -> dict[str, tuple[tuple[int, ...] | None, st
             expected[f"context.{number}.{name}.bias"] = ((there,), "int32")
             expected[f"context.{number}.{name}.shift"] = ((1,), "uint8")
     return expected
+
+
+def _passes(config: CodecConfig) -> tuple[Pass, ...]:
+    return coding_passes(config.groups, config.checkered, interlaced=config.interlaced)
 
 
 def _blocks(arrays: Mapping[str, Array], axis: str, cell: int, stage: int) -> Blocks:

@@ -16,6 +16,7 @@ from ucray.codec.frequencies import FrequencyTables, logistic_weights, to_freque
 from ucray.codec.lapping import Lapping
 from ucray.codec.linear import LinearSynthesis
 from ucray.codec.network import load_network
+from ucray.codec.passes import Pass
 from ucray.codec.residual import to_cells
 from ucray.codec.stream import StreamModel
 from ucray.codec.threads import one_thread
@@ -85,8 +86,11 @@ def to_weights(
     return weights
 
 
-def load_coder(weights: Weights, coder: Coder) -> None:
-    """Start a coder of the same configuration from stored weights."""
+def load_coder(weights: Weights, coder: Coder) -> list[Pass]:
+    """Start a coder of the same configuration, but for its order, from stored weights.
+
+    What is left for it to learn are the networks of the passes that are given back.
+    """
     load_network(weights, "analysis", coder.analysis)
     context = weights.stream.context
     with torch.no_grad():
@@ -94,7 +98,7 @@ def load_coder(weights: Weights, coder: Coder) -> None:
         coder.codebook.entries.copy_(torch.from_numpy(entries))
         coder.codebook.sums.copy_(coder.codebook.entries)
         coder.codebook.counts.fill_(1.0)
-    coder.prior.from_integers(context)
+    return coder.prior.from_integers(context)
 
 
 class _Counts:

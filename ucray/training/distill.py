@@ -26,6 +26,7 @@ from ucray.codec.conditioning import QualityAffine
 from ucray.codec.lapping import Lapping
 from ucray.codec.linear import LinearSynthesis, start_linear
 from ucray.codec.network import stored_synthesis, synthesis_of
+from ucray.codec.passes import Pass
 from ucray.codec.postfilter import PostFilter
 from ucray.codec.prior import ContextPrior
 from ucray.codec.weights import Array, Weights
@@ -35,6 +36,7 @@ from ucray.settings import TrainingConfig
 from ucray.training.calibrate import freeze, load_coder, to_weights
 from ucray.training.lapping import start_lapping
 from ucray.training.loss import Coder, Distillation, RateDistortion, draw_quality
+from ucray.training.ordering import ORDER_CHUNKS, learn_order
 from ucray.training.prune import Networks, prune
 from ucray.training.soap import Soap
 
@@ -66,7 +68,7 @@ class Trainer:
     start
         Weights to start from; their configuration must be the same but for the decoders: networks and
         post-filters that are of another size start anew. Where the stream is not kept, it may also lack the
-        trellis that `config` has.
+        trellis that `config` has, and its order.
     device
         Where the networks live.
     wrap
@@ -102,13 +104,14 @@ class Trainer:
             config, self.coder, self.teacher, self.student, taught=settings.taught
         )
         self._started = start is not None
+        self._missing: list[Pass] = []
         self._kept_tensors: dict[str, Array] = {}
         if start is not None and settings.keep_stream:
             # What was counted stays too: chunks are the same to the byte.
             for part in ("stream", "analysis", "reference"):
                 self._kept_tensors |= start.part(part, keep_prefix=True)
         if start is not None:
-            load_coder(start, self.coder)
+            self._missing = load_coder(start, self.coder)
             for part, decoder in (("teacher", self.teacher), ("student", self.student)):
                 _start_scales(decoder, self.coder.analysis, stored_synthesis(start, "teacher"))
                 _start_like(decoder, stored_synthesis(start, part))
@@ -135,7 +138,7 @@ class Trainer:
 
         Nothing here waits for a GPU: who reads the figures does.
         """
-        if not self._started:
+        if self._missing or not self._started:
             raise SettingsError(
                 "call start() with tiles, or give weights to start from, before the first step"
             )
@@ -156,11 +159,18 @@ class Trainer:
         shown: Figures = {"loss": loss.detach(), **figures}
         return shown
 
-    def start(self, tiles: Tensor) -> None:
-        """Start the linear parts from tiles (batch, 1, z, y, x); does nothing after weights were loaded."""
+    def start(self, draw: Callable[[int], Tensor]) -> None:
+        """Start what needs chunks to start from: the linear parts, or the networks that loaded weights lack.
+
+        `draw` gives as many chunks as it is asked for (batch, 1, z, y, x).
+        """
+        if self._missing:
+            batches = (draw(START_TILES).to(self.device) for _ in range(ORDER_CHUNKS // START_TILES))
+            learn_order(self.coder, self._missing, self.config, batches, self._generator)
+            self._missing = []
         if self._started:
             return
-        x = tiles.to(self.device)
+        x = draw(START_TILES).to(self.device)
         start_lapping(self.coder.analysis.lapped, self.teacher.lapped)
         start_linear(self.coder.analysis, self.teacher, x)
         self.coder.start(x, draw_quality(len(x), self._generator), self._generator)
@@ -268,11 +278,9 @@ class Trainer:
 
 
 def _lasting(config: CodecConfig, settings: TrainingConfig) -> CodecConfig:
-    """What training cannot change: decoders start anew, a trellis comes where symbols are counted anew."""
-    first = config.first_dependent if settings.keep_stream else None
-    return replace(
-        config, teacher=None, student=None, teacher_filter=None, student_filter=None, first_dependent=first
-    )
+    """What training cannot change: decoders start anew, trellis and order are new with new counts."""
+    lasting = replace(config, teacher=None, student=None, teacher_filter=None, student_filter=None)
+    return lasting if settings.keep_stream else replace(lasting, first_dependent=None, interlaced=False)
 
 
 def _start_like(decoder: LinearSynthesis, stored: LinearSynthesis) -> None:

@@ -61,6 +61,12 @@ class Coder(nn.Module):
             vectors = self.analysis(x, quality)[1].permute(0, 2, 3, 4, 1)
         self.codebook.start(vectors.flatten(0, 3), generator)
 
+    def coded(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (n, stages) of side latents z (batch, width, ...), and the vectors they stand for, like z."""
+        codes = quantise_codes(self.codebook.entries, z).permute(0, 2, 3, 4, 1)
+        vectors = self.codebook.lookup(codes.flatten(0, 3)).reshape(*codes.shape[:4], z.shape[1])
+        return codes.flatten(0, 3), vectors.permute(0, 4, 1, 2, 3)
+
     def forward(self, x: Tensor, quality: Tensor, generator: torch.Generator) -> Stream:
         """Code chunks (batch, 1, z, y, x) at qualities (batch,).
 
@@ -177,11 +183,9 @@ def frozen_stream(coder: Coder, x: Tensor, quality: Tensor) -> Stream:
     """The stream as it will be coded: the encoder's rounding, true codes, no noise, no learning."""
     with in_fewer_bits(x):
         y, z = coder.analysis(x, quality)
-    codes = quantise_codes(coder.codebook.entries, z).permute(0, 2, 3, 4, 1)
-    side = coder.codebook.lookup(codes.flatten(0, 3)).reshape(*codes.shape[:4], z.shape[1])
-    side = side.permute(0, 4, 1, 2, 3)
+    codes, side = coder.coded(z)
     coded = coder.prior(y, side, quality)
-    return Stream(coded.y_hat, codes.flatten(0, 3), side, coded.bits, torch.zeros(()))
+    return Stream(coded.y_hat, codes, side, coded.bits, torch.zeros(()))
 
 
 def draw_quality(batch: int, generator: torch.Generator) -> Tensor:
