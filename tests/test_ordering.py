@@ -116,6 +116,9 @@ def test_weights_of_an_older_order_learn_the_new_one(
         return float(bits[chosen.stop] - bits[chosen.start]) / cells
 
     assert bits_a_cell(made, slice(1, 5)) < 0.9 * bits_a_cell(made, slice(0, 1))
+    resumed = Trainer(TINY_INTERLACED, NOTHING, start=dependent_weights)
+    resumed.from_bytes(trainer.to_bytes())
+    assert resumed.finish([tiles[:2]], {}).stream_digest == made.stream_digest
     # They have all they need now.
     again = Trainer(made.config, NOTHING, start=made)
     again.step(tiles)

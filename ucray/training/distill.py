@@ -166,7 +166,9 @@ class Trainer:
         """
         if self._missing:
             batches = (draw(START_TILES).to(self.device) for _ in range(ORDER_CHUNKS // START_TILES))
-            learn_order(self.coder, self._missing, self.config, batches, self._generator)
+            # All workers draw alike: they get the same chunks, and end with the same networks.
+            alike = torch.Generator(self.device).manual_seed(self.settings.seed)
+            learn_order(self.coder, self._missing, self.config, batches, alike)
             self._missing = []
         if self._started:
             return
@@ -214,7 +216,7 @@ class Trainer:
             raise WeightsError(
                 f"the checkpoint does not fit this run: {' '.join(str(error).split())}"
             ) from None
-        self._started = True
+        self._started, self._missing = True, []
         self.step_number = int(header["step"])
         if header["stage"]:
             self._enter(int(header["stage"]), resumed=True)
