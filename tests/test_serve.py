@@ -430,8 +430,8 @@ def test_the_command_serves_until_it_is_told_to_stop(folder: Path) -> None:
     finally:
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=30)
-    assert f"http://127.0.0.1:{port}/" in told
-    assert "Traceback" not in told
+    assert told.split() == [f"http://127.0.0.1:{port}/"]
+    assert process.returncode == 0
 
 
 def test_the_command_refuses_what_is_no_archive(tmp_path: Path) -> None:

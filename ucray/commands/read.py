@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from typing import Annotated
 
 import typer
@@ -45,6 +46,8 @@ def serve(
     limits = checked(gateway.Limits, {"cache": cache, "threads": threads, "waiting": waiting})
     volume = None if source is None else Connection(endpoint_url, array, select).open(source)
     Console(stderr=True).print(f"http://{host}:{port}/", highlight=False)
+    # Told to stop it has done what it was asked for: there is nothing to go on with, as there is with a job.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     start.serve(archive, volume, host=host, port=port, limits=limits, endpoint_url=endpoint_url)
 
 
