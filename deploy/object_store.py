@@ -31,6 +31,7 @@ START_TIMEOUT = 30.0
 """Seconds within which the server has to answer."""
 LOG_TAIL = 2000
 """Characters of the server's log that an error shows."""
+LOWEST_PORT = 11000
 GRPC_OFFSET = 10000
 """SeaweedFS puts the gRPC port of each of its servers this far above the HTTP port."""
 
@@ -47,13 +48,14 @@ class Ports:
     @classmethod
     def free(cls) -> Ports:
         """Four ports that are free now, as are their gRPC ports."""
-        # Linux gives outgoing connections ports from 32768 on: below, none of them comes in between.
-        candidates = random.SystemRandom().sample(range(11000, 32000 - GRPC_OFFSET), 1000)
+        # Linux gives outgoing connections ports from 32768 on: below, none of them comes in between. A
+        # range as long as the offset holds no port that is another's gRPC port.
+        candidates = random.SystemRandom().sample(range(LOWEST_PORT, LOWEST_PORT + GRPC_OFFSET), 1000)
         found = (port for port in candidates if _is_free(port) and _is_free(port + GRPC_OFFSET))
         try:
             return cls(next(found), next(found), next(found), next(found))
         except StopIteration:
-            raise StorageError("no free ports on 127.0.0.1 between 11000 and 32000") from None
+            raise StorageError("no free ports on 127.0.0.1") from None
 
 
 class ObjectStore:

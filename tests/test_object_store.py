@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import object_store
@@ -106,6 +107,21 @@ def test_there_is_room_for_more_buckets_than_a_session_of_tests_makes(
         store.create_bucket(f"bucket-{n}")
         files.pipe_file(f"bucket-{n}/object", b"stored")
     assert {f"bucket-{n}" for n in range(9)} <= set(files.ls("", detail=False))
+
+
+def test_no_server_is_given_the_grpc_port_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports: set[int] = set()
+
+    class Draws:
+        def sample(self, population: range, count: int) -> list[int]:
+            ports.update(population)
+            return list(population[:count])
+
+    monkeypatch.setattr("object_store.random.SystemRandom", Draws)
+    drawn = asdict(object_store.Ports.free()).values()
+    assert len(set(drawn)) == 4
+    assert ports >= set(drawn)
+    assert ports.isdisjoint(port + object_store.GRPC_OFFSET for port in ports)
 
 
 def test_stop_frees_the_port_and_can_be_called_twice(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ from dataclasses import replace as with_fields
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_DEPENDENT, TINY_INTERLACED, SmoothVolume
+from conftest import TINY_INTERLACED, SmoothVolume
 from msgspec.structs import replace
 
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.passes import CHECKERBOARD, INTERLACED
-from ucray.codec.weights import FORMAT, Weights
+from ucray.codec.weights import Weights
 from ucray.config import CodecConfig
 from ucray.errors import SettingsError, WeightsError
 from ucray.settings import TrainingConfig
@@ -50,17 +50,6 @@ def test_chunks_of_any_grid_come_back(
     error = np.mean(np.square(decoded.astype(np.float64) - voxels))
     assert error == pytest.approx(packed.error.mse, rel=1e-3)
     assert error < 0.25 * np.var(voxels)
-
-
-def test_interlaced_weights_are_of_version_4_and_say_so(interlaced_weights: Weights) -> None:
-    data = interlaced_weights.to_bytes()
-    read = Weights.from_bytes(data)
-    assert read.config == interlaced_weights.config
-    assert read.config.version == 4
-    assert read.digest == interlaced_weights.digest
-    assert f'"{FORMAT}-4"'.encode() in data
-    assert "interlaced" not in TINY_DEPENDENT.to_json()
-    assert len(read.stream.context.passes) == len(INTERLACED) + 1
 
 
 @pytest.mark.parametrize("interlaced", [False, True])

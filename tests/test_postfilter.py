@@ -95,17 +95,6 @@ def test_one_chunk_is_filtered_as_among_others() -> None:
     assert (network(x, quality.flip(0)) - both).abs().max() > 0.01
 
 
-def test_weights_with_filters_are_of_version_2_and_say_so(filtered_weights: Weights) -> None:
-    data = filtered_weights.to_bytes()
-    read = Weights.from_bytes(data)
-    assert read.config == filtered_weights.config
-    assert read.config.version == 2
-    assert read.digest == filtered_weights.digest
-    assert f'"{FORMAT}-2"'.encode() in data
-    assert build_weights(TINY, seed=1).config.version == 1
-    assert "student_filter" not in TINY.to_json()
-
-
 def test_a_version_that_is_not_that_of_its_contents_is_refused(filtered_weights: Weights) -> None:
     header = {"config": filtered_weights.config.to_json(), "training": {}}
     data = bytes(save(dict(filtered_weights.tensors), metadata={f"{FORMAT}-1": json.dumps(header)}))

@@ -29,7 +29,7 @@ from ucray.codec.prior import ContextPrior
 from ucray.codec.rate import SLOPE
 from ucray.codec.trellis import FEWEST_PATHS, LONGEST_PATH, NEXT, SPACING, STATES, WIDENING, Layout, paths_for
 from ucray.codec.viterbi import best_symbols
-from ucray.codec.weights import FORMAT, Weights
+from ucray.codec.weights import Weights
 from ucray.config import CodecConfig
 from ucray.errors import ChunkError, SettingsError, WeightsError
 from ucray.settings import TrainingConfig
@@ -286,14 +286,7 @@ def test_chunks_come_back(
     assert error == pytest.approx(packed.error.mse, rel=1e-3)
 
 
-def test_weights_with_a_trellis_are_of_version_3_and_say_so(dependent_weights: Weights) -> None:
-    data = dependent_weights.to_bytes()
-    read = Weights.from_bytes(data)
-    assert read.config == dependent_weights.config
-    assert read.config.version == 3
-    assert read.digest == dependent_weights.digest
-    assert f'"{FORMAT}-3"'.encode() in data
-    assert "first_dependent" not in TINY.to_json()
+def test_tables_of_the_second_quantiser_stand_behind_the_first(dependent_weights: Weights) -> None:
     assert len(dependent_weights.stream.frequencies.reach) == 2 * TABLES - 18
 
 

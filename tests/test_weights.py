@@ -59,6 +59,29 @@ def test_round_trip(tiny_weights: Weights) -> None:
     assert (read.digest, read.stream_digest) == (written.digest, written.stream_digest)
 
 
+@pytest.mark.parametrize(
+    ("version", "name", "unnamed"),
+    [
+        (1, "tiny_weights", {"teacher_filter", "student_filter", "first_dependent", "interlaced"}),
+        (2, "filtered_weights", {"first_dependent", "interlaced"}),
+        (3, "dependent_weights", {"interlaced"}),
+        (4, "interlaced_weights", set()),
+    ],
+)
+def test_weights_are_of_the_first_version_that_knows_their_parts_and_say_so(
+    version: int, name: str, unnamed: set[str], request: pytest.FixtureRequest
+) -> None:
+    weights: Weights = request.getfixturevalue(name)
+    data = weights.to_bytes()
+    read = Weights.from_bytes(data)
+    assert read.config == weights.config
+    assert read.config.version == version
+    assert read.digest == weights.digest
+    assert f'"{FORMAT}-{version}"'.encode() in data
+    # Digests of older versions are taken of what those knew.
+    assert set(CodecConfig.__struct_fields__) - set(weights.config.to_json()) == unnamed
+
+
 def test_weights_travel_to_a_worker_after_they_have_coded(tiny_weights: Weights) -> None:
     grid = (1, 1, 1)
     codes = np.zeros((tiny_weights.config.code_stages, *grid), np.uint8)

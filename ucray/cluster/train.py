@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -252,14 +251,14 @@ def _work(loop: dict[str, Any]) -> None:
         wrap=lambda module: ray.train.torch.prepare_model(module, move_to_device=False),
         rank=rank,
     )
-    # All workers start from the same crops, whatever tiles they hold: rank 0's.
-    seed = partial(tile_seed, job.settings.seed, rank)
-    sampler = TileSampler(tiles, job.chunk, job.config, seed(0), device=str(device))
-    trainer.start(lambda count: _from_first(sampler.draw(count)))
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             trainer.from_bytes((Path(folder) / STATE_FILE).read_bytes())
-        sampler = TileSampler(tiles, job.chunk, job.config, seed(trainer.step_number), device=str(device))
+    seed = tile_seed(job.settings.seed, rank, trainer.step_number)
+    sampler = TileSampler(tiles, job.chunk, job.config, seed, device=str(device))
+    if checkpoint is None:
+        # All workers start from the same crops, whatever tiles they hold: rank 0's.
+        trainer.start(lambda count: _from_first(sampler.draw(count)))
     latest: dict[str, float] = {}
     while trainer.step_number < trainer.total_steps:
         figures = trainer.step(sampler.draw(job.settings.batch))

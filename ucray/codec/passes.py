@@ -151,12 +151,11 @@ class Geometry:
             inside = np.argwhere(colour.cells(shape))
             cells[colour] = _places(inside, shape)
             places[colour] = _places(inside + 1, padded)
-            # One beyond the border is as good as on it: both are zero.
-            beside = inside[:, None] + np.array(colour.offsets) + 1
-            around[colour] = _places(np.clip(beside, 0, np.array(padded) - 1), padded)
+            around[colour] = _places(inside[:, None] + np.array(colour.offsets) + 1, padded)
         return Geometry(math.prod(padded), cells, places, around)
 
 
 def _places(cells: Whole, shape: Shape3) -> Whole:
     """Places in a grid, row-major, of cells (..., 3)."""
-    return np.asarray(cells @ np.array([shape[1] * shape[2], shape[2], 1]))
+    # One beyond the border of zeros is as good as on it.
+    return np.asarray(np.ravel_multi_index(tuple(np.moveaxis(cells, -1, 0)), shape, mode="clip"))

@@ -12,7 +12,6 @@ of each stage.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,10 +37,8 @@ from ucray.training.lapping import start_lapping
 from ucray.training.loss import Coder, Distillation, RateDistortion, draw_quality
 from ucray.training.ordering import ORDER_CHUNKS, learn_order
 from ucray.training.prune import Networks, prune
+from ucray.training.schedule import share_of_rate
 from ucray.training.soap import Soap
-
-WARM_UP = 40
-"""Steps over which the learning rate grows at the start of a stage."""
 
 TABLE_SPEED = 10.0
 """Learning rate of what depends on the quality against the networks': an entry meets few of the chunks."""
@@ -269,11 +266,10 @@ class Trainer:
         self._module = self._wrap(module)
 
     def _schedule(self) -> float:
-        """Warm-up and half a cosine over the current stage, in (0, 1]."""
-        first = 0 if self.stage == 1 else self.settings.teacher_steps
-        steps = self.settings.teacher_steps if self.stage == 1 else self.settings.student_steps
-        place = self.step_number - first
-        return min(1.0, (place + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * place / steps))
+        """Share of the learning rate at this step of the current stage."""
+        if self.stage == 1:
+            return share_of_rate(self.step_number, self.settings.teacher_steps)
+        return share_of_rate(self.step_number - self.settings.teacher_steps, self.settings.student_steps)
 
     def _modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.coder, self.teacher, self._distillation])

@@ -6,7 +6,6 @@ learnt by themselves, on latents that stay as they are, in seconds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,6 +16,7 @@ from ucray.codec.passes import Pass
 from ucray.codec.prior import ContextPrior
 from ucray.config import QUALITIES, CodecConfig
 from ucray.training.loss import Coder, draw_quality, in_fewer_bits
+from ucray.training.schedule import share_of_rate
 
 ORDER_CHUNKS = 512
 """Chunks to learn from: of each cell only the first group's channels are kept."""
@@ -24,7 +24,6 @@ ORDER_CHUNKS = 512
 STEPS = 400
 BATCH = 24
 LEARNING_RATE = 3e-3
-WARM_UP = 40
 
 
 def learn_order(
@@ -56,8 +55,7 @@ def learn_order(
             learning += list(network.requires_grad_(True).parameters())
     optimizer = torch.optim.Adam(learning, LEARNING_RATE)
     for step in range(STEPS):
-        rate = min(1.0, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * share_of_rate(step, STEPS)
         chosen = torch.randint(len(y), (BATCH,), generator=generator, device=y.device)
         seen = y[chosen]
         quality = torch.rand(BATCH, generator=generator, device=y.device) * (QUALITIES - 1)
