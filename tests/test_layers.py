@@ -50,6 +50,7 @@ CODEC_LIBRARIES = {
     "pywt",
     "safetensors",
     "constriction",
+    "numba",
     "numcodecs",
     "google_crc32c",
     "msgspec",

@@ -144,7 +144,18 @@ def test_an_archive_is_opened_on_an_object_store(
     np.testing.assert_array_equal(opened[5:25, 7, :], voxels[5:25, 7, :])
 
 
-BLOCKED = ("ray", "s3fs", "botocore", "typer", "rich", "prometheus_client", "pyarrow", "PIL", "aiohttp")
+BLOCKED = (
+    "ray",
+    "s3fs",
+    "botocore",
+    "typer",
+    "rich",
+    "prometheus_client",
+    "pyarrow",
+    "PIL",
+    "aiohttp",
+    "numba",
+)
 
 
 @pytest.mark.parametrize(

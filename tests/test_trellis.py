@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +29,7 @@ from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.entropy import SymbolReader
 from ucray.codec.frequencies import SILENT, FrequencyTables, logistic_weights, to_frequencies
+from ucray.codec.kernels import compiled
 from ucray.codec.prior import ContextPrior
 from ucray.codec.rate import SLOPE
 from ucray.codec.trellis import FEWEST_PATHS, LONGEST_PATH, NEXT, SPACING, STATES, WIDENING, Layout, paths_for
@@ -39,6 +44,7 @@ FIRST = 18
 SHIFT = TABLES - FIRST
 
 Symbols = npt.NDArray[np.int32]
+Words = npt.NDArray[np.uint32]
 
 
 def build_frequencies(first: int) -> FrequencyTables:
@@ -93,16 +99,51 @@ def some_pass(draw: st.DrawFn) -> tuple[Tables, Symbols]:
     return tables, symbols * (tables != SILENT)
 
 
-@given(st.lists(some_pass(), max_size=3))
-def test_levels_follow_from_the_law(parts: list[tuple[Tables, Symbols]]) -> None:
+WAYS = {"one by one": lambda symbols: None, "compiled": lambda symbols: compiled()}
+"""A reader's two ways along the paths."""
+
+
+@contextmanager
+def reading(way: str) -> Iterator[None]:
+    """Symbols are read in that way, however many there are."""
+    with mock.patch.object(entropy, "compiled_where_worth_it", WAYS[way]):
+        yield
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(parts=st.lists(some_pass(), max_size=3))
+def test_levels_follow_from_the_law(way: str, parts: list[tuple[Tables, Symbols]]) -> None:
     coded = [(numbered(*part), part[1]) for part in parts]
     reader = SymbolReader(FREQUENCIES, *entropy.encode(FREQUENCIES, None, coded, FIRST))
     for (tables, symbols), (numbers, _) in zip(parts, coded, strict=True):
-        levels = reader.points(tables)
+        with reading(way):
+            levels = reader.points(tables)
         for place, symbol in enumerate(symbols.tolist()):
             nearer = (symbol > 0) - (symbol < 0) if numbers[place] >= TABLES else 0
             assert levels[place] == 2 * symbol - nearer
     reader.finish()
+
+
+def points_or_refusal(way: str, words: Words, escapes: Symbols, passes: list[Tables]) -> object:
+    """What a reader finds in words that may be damaged, down to the last of them."""
+    try:
+        reader = SymbolReader(FREQUENCIES, words, escapes)
+        with reading(way):
+            found = [reader.points(tables).tolist() for tables in passes]
+        reader.finish()
+    except ChunkError as error:
+        return str(error)
+    return found
+
+
+@given(
+    arrays(np.uint32, st.integers(0, 12), elements=st.integers(0, 2**32 - 1) | st.integers(0, 3)),
+    arrays(np.int32, st.integers(0, 3), elements=st.integers(-(2**31), 2**31 - 1)),
+    st.lists(arrays(np.uint8, st.integers(0, 40), elements=st.integers(0, TABLES - 1)), max_size=3),
+)
+def test_both_ways_read_the_same_in_any_words(words: Words, escapes: Symbols, passes: list[Tables]) -> None:
+    one, other = (points_or_refusal(way, words, escapes, passes) for way in WAYS)
+    assert one == other
 
 
 @settings(max_examples=25)
@@ -119,14 +160,31 @@ def test_words_follow_from_whole_numbers(parts: list[tuple[Tables, Symbols]]) ->
     assert words.tolist() == rans_words(letters)
 
 
-def test_missing_escapes_on_a_path_are_refused() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_missing_escapes_on_a_path_are_refused(way: str) -> None:
     tables = np.full(40, 30, np.uint8)
     symbols = np.zeros(40, np.int32)
     symbols[[3, 20]] = 30000, -30000
     words, escapes = entropy.encode(FREQUENCIES, None, [(numbered(tables, symbols), symbols)], FIRST)
     assert escapes.tolist() == [30000, -30000]
-    with pytest.raises(ChunkError, match="do not fill"):
+    with reading(way), pytest.raises(ChunkError, match="do not fill"):
         SymbolReader(FREQUENCIES, words, escapes[:1]).points(tables)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_reader_loads_the_loops_once_they_are_worth_it(missing: bool) -> None:
+    """And goes on without, where numba is not installed; a process of its own, as others have them loaded."""
+    code = f"""
+import sys
+if {missing}:
+    sys.modules["numba"] = None
+from ucray.codec.kernels import WORTH_LOADING, compiled_where_worth_it
+assert compiled_where_worth_it(WORTH_LOADING - 1) is None
+assert compiled_where_worth_it(1) is None
+assert {missing} or "numba" not in sys.modules
+assert (compiled_where_worth_it(1) is None) is {missing}
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
 def test_states_form_a_trellis() -> None:

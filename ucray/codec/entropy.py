@@ -1,7 +1,7 @@
 """Entropy coding by whole numbers only: symbols to words and back.
 
 The coder is constriction's ANS coder; its fixed-point models follow from the integer frequencies by the
-law written down in FORMAT.md. This module imports no torch.
+law written down in FORMAT.md, by which `ucray.codec.kernels` encodes. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ucray.codec.context import TABLES, Codes, Tables
 from ucray.codec.frequencies import FrequencyTables, Symbols
+from ucray.codec.kernels import UNUSED, Kernels, compiled, compiled_where_worth_it
 from ucray.codec.trellis import NEXT, Layout, points_of
 from ucray.errors import ChunkError
 
@@ -39,27 +40,25 @@ def encode(
     first_dependent
         The first table whose symbols lie on paths.
     """
-    coder = constriction.stream.stack.AnsCoder()
-    escapes = []
-    # The coder is a stack: what the decoder needs first is pushed last.
-    models = frequencies.symbol_models
-    for tables, symbols in reversed(parts):
+    intervals, starts = frequencies.intervals, frequencies.interval_starts
+    planes = [] if codes is None else zip(frequencies.code_intervals, codes, strict=True)
+    lefts, widths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for ends, plane in planes:
+        letters = plane.reshape(-1).astype(np.int64)
+        lefts.append(ends[letters])
+        widths.append(ends[letters + 1] - ends[letters])
+    escapes = [np.empty(0, np.int32)]
+    for tables, symbols in parts:
         own = np.where(tables < TABLES, tables, tables - np.uint8(TABLES - first_dependent))
-        layout = Layout.of(own.astype(np.uint8), first_dependent)
-        values, used = symbols[layout.order].astype(np.int32), tables[layout.order]
+        order = Layout.of(own.astype(np.uint8), first_dependent).order
+        values, used = symbols[order].astype(np.int32), tables[order]
         reach = frequencies.reach.astype(np.int32)[used]
         escaped = np.abs(values) > reach
         escapes.append(values[escaped])
-        letters = np.where(escaped, 2 * reach + 1, values + reach).astype(np.int32)
-        on_paths = zip(letters[layout.alone :].tolist(), used[layout.alone :].tolist(), strict=True)
-        for letter, table in reversed(list(on_paths)):
-            coder.encode_reverse(letter, models[table])
-        for table, start, end in reversed(list(_runs(layout.tables[: layout.alone]))):
-            coder.encode_reverse(letters[start:end], models[table])
-    planes = [] if codes is None else list(zip(frequencies.code_models, codes, strict=True))
-    for model, row in reversed(planes):
-        coder.encode_reverse(row.reshape(-1).astype(np.int32), model)
-    return coder.get_compressed(), np.concatenate([*reversed(escapes), np.empty(0, np.int32)])
+        places = starts[used] + np.where(escaped, 2 * reach + 1, values + reach)
+        lefts.append(intervals[places])
+        widths.append(intervals[places + 1] - intervals[places])
+    return compiled().push(np.concatenate(lefts), np.concatenate(widths)), np.concatenate(escapes)
 
 
 class SymbolReader:
@@ -74,7 +73,6 @@ class SymbolReader:
         self._frequencies = frequencies
         self._reach = frequencies.reach.tolist()
         self._models = frequencies.symbol_models
-        self._quantisers = frequencies.quantisers
         self._escapes = escapes
         self._taken = 0
         try:
@@ -101,18 +99,24 @@ class SymbolReader:
         symbols = np.empty(len(layout.order), dtype=np.int64)
         second = np.zeros(len(layout.order), dtype=bool)
         symbols[: layout.alone] = self._in_runs(layout.tables[: layout.alone])
-        symbols[layout.alone :], second[layout.alone :] = self._on_paths(layout)
+        on_paths = layout.tables[layout.alone :]
+        kernels = compiled_where_worth_it(len(on_paths))
+        if kernels is None:
+            symbols[layout.alone :], second[layout.alone :] = self._one_by_one(on_paths, layout.paths)
+        else:
+            states = np.zeros(layout.paths, np.int64)
+            self._pull(kernels, on_paths, states, symbols[layout.alone :], second[layout.alone :])
         points = np.zeros(len(tables), dtype=np.int64)
         points[layout.order] = points_of(symbols, second)
         return points
 
-    def _on_paths(self, layout: Layout) -> tuple[list[int], list[int]]:
+    def _one_by_one(self, on_paths: npt.NDArray[np.int64], paths: int) -> tuple[list[int], list[int]]:
         """The next symbols on the paths of a pass, and which quantiser each is of.
 
-        One by one: only the last symbol says which table is next.
+        Only the last symbol of a path says which table is next.
         """
-        decode, kinds = self._coder.decode, self._quantisers
-        tables, paths = layout.tables[layout.alone :].tolist(), layout.paths
+        decode, kinds = self._coder.decode, self._frequencies.quantisers
+        tables = on_paths.tolist()
         symbols, quantisers, states = [], [], [0] * paths
         for start in range(0, len(tables), paths):
             for path, table in enumerate(tables[start : start + paths]):
@@ -126,6 +130,33 @@ class SymbolReader:
                 quantisers.append(quantiser)
                 states[path] = _NEXT[symbol & 1][state]
         return symbols, quantisers
+
+    def _pull(
+        self,
+        kernels: Kernels,
+        on_paths: npt.NDArray[np.int64],
+        states: npt.NDArray[np.int64],
+        symbols: npt.NDArray[np.int64],
+        second: npt.NDArray[np.bool_],
+    ) -> None:
+        """The same, compiled: into `symbols` and `second`."""
+        words, tables = self._coder.get_compressed(), self._frequencies
+        shift = TABLES - tables.first_dependent
+        left, self._taken = kernels.pull(
+            words,
+            self._escapes,
+            self._taken,
+            tables.intervals,
+            tables.interval_starts,
+            on_paths,
+            shift,
+            states,
+            symbols,
+            second,
+        )
+        if left == UNUSED:
+            raise ChunkError("the coded symbols do not fill the chunk exactly")
+        self._coder = constriction.stream.stack.AnsCoder(words[:left])
 
     def finish(self) -> None:
         """Refuse what is left over."""

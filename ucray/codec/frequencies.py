@@ -20,6 +20,9 @@ from ucray.codec.context import SCALE_UNITS, TABLE_OCTAVES, TABLE_UNITS, TABLES,
 TOTAL = 1 << 16
 """Sum of the frequencies of every table."""
 
+INTERVALS = 1 << 24
+"""What the coder divides among the letters of a table."""
+
 SILENT = 0
 """The table that codes nothing: its symbols are zero."""
 
@@ -77,6 +80,21 @@ class FrequencyTables:
     def code_models(self) -> list[Model]:
         """One coder model per stage of the codebook."""
         return [_model(row) for row in self.code_frequencies]
+
+    @cached_property
+    def intervals(self) -> npt.NDArray[np.int64]:
+        """The coder's intervals: left ends of all letters of a table and INTERVALS, table behind table."""
+        return np.concatenate([_intervals(table) for table in self.tables])
+
+    @cached_property
+    def interval_starts(self) -> npt.NDArray[np.int64]:
+        """Where each table starts in `intervals`, and where the last one ends: (tables + 1,)."""
+        return np.concatenate([[0], np.cumsum(2 * self._reach + 3)])
+
+    @cached_property
+    def code_intervals(self) -> list[npt.NDArray[np.int64]]:
+        """The same of each stage of the codebook."""
+        return [_intervals(row) for row in self.code_frequencies]
 
     @cached_property
     def extra_bits(self) -> npt.NDArray[np.float32]:
@@ -151,6 +169,14 @@ def to_frequencies(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
     missing = TOTAL - int(frequencies.sum())
     frequencies[np.argsort(-(share - np.floor(share)), kind="stable")[:missing]] += 1
     return np.asarray(frequencies, dtype=np.uint16)
+
+
+def _intervals(frequencies: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
+    """Left ends of the letters, and INTERVALS: constriction's own, in whole numbers."""
+    letters = len(frequencies)
+    ends = np.concatenate([[0], np.cumsum(frequencies.astype(np.int64))])
+    left = ends * (INTERVALS - letters) // TOTAL + np.arange(letters + 1)
+    return np.asarray(left, dtype=np.int64)
 
 
 def _model(frequencies: npt.NDArray[np.uint16]) -> Model:

@@ -18,6 +18,9 @@ from ucray.codec.context import TABLES, Tables
 
 STATES = 8
 
+HALF = STATES // 2
+"""To each state 2 n or 2 n + 1 lead n and n + HALF."""
+
 NEXT = np.array([[0, 3, 5, 6, 1, 2, 4, 7], [1, 2, 4, 7, 0, 3, 5, 6]], dtype=np.intp)
 """State after a symbol (parity, state): twice the state, modulo 8, and one more where symbol + ones is odd.
 

@@ -1,0 +1,223 @@
+"""Loops that no array operation can express, for numba to compile: a coder's letters, a trellis' paths.
+
+Every step of them needs the one before. They are plain Python; `compiled` gives them as machine code, which
+numba keeps on disk where it may. Readers can do without (`ucray.codec.entropy`), so that a process that
+reads a chunk or two need not load a compiler. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ucray.codec.trellis import HALF, NEXT, SPACING, STATES
+
+Words = npt.NDArray[np.uint32]
+Whole = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+UNUSED = -1
+"""What `pull` gives for words left where the escapes do not suffice."""
+
+WORTH_LOADING = 2_000_000
+"""Symbols that are read one by one in the time that loading the loops takes."""
+
+
+class Kernels(NamedTuple):
+    """The compiled loops; what they do stands at the functions they are made from."""
+
+    push: Callable[[Whole, Whole], Words]
+    pull: Callable[..., tuple[int, int]]
+    cheapest_paths: Callable[..., None]
+
+
+def push(left: Whole, width: Whole) -> Words:
+    """Words of the ANS coder for intervals of 2^24, int64 (letters,), the first one decoded first."""
+    words = np.empty(len(left) + 2, np.uint32)
+    state, count = np.uint64(0), 0
+    for number in range(len(left) - 1, -1, -1):
+        wide = np.uint64(width[number])
+        if state >> np.uint64(40) >= wide:
+            words[count] = state & np.uint64(0xFFFFFFFF)
+            state >>= np.uint64(32)
+            count += 1
+        state = ((state // wide) << np.uint64(24)) | (np.uint64(left[number]) + state % wide)
+    while state > np.uint64(0):
+        words[count] = state & np.uint64(0xFFFFFFFF)
+        state >>= np.uint64(32)
+        count += 1
+    return words[:count].copy()
+
+
+def pull(
+    words: Words,
+    escapes: npt.NDArray[np.int32],
+    taken: int,
+    intervals: Whole,
+    starts: Whole,
+    tables: Whole,
+    shift: int,
+    states: Whole,
+    symbols: Whole,
+    second: npt.NDArray[np.bool_],
+) -> tuple[int, int]:
+    """Read the symbols of one pass that lie on paths: words left, or UNUSED, and escapes taken.
+
+    Parameters
+    ----------
+    words
+        Of the coder; those that are left, with its state, are written back.
+    escapes, taken
+        Symbols that no table holds, and how many of them were read before.
+    intervals, starts
+        Left ends of all tables' letters and 2^24, table behind table, and where each starts.
+    tables
+        Of the first quantiser, in the layout's order; those of the second are `shift` on.
+    states
+        Zeros: the state of every path.
+    symbols, second
+        Where symbols and quantisers go, in the layout's order.
+    """
+    count, state, paths = len(words), np.uint64(0), len(states)
+    for number in range(len(tables)):
+        while state >> np.uint64(32) == np.uint64(0) and count > 0:
+            count -= 1
+            state = (state << np.uint64(32)) | np.uint64(words[count])
+        path = number % paths
+        quantiser = states[path] & 1
+        table = tables[number] + quantiser * shift
+        start, low, high = starts[table], starts[table], starts[table + 1] - 1
+        reach = (high - low) // 2 - 1
+        place = np.int64(state & np.uint64(0xFFFFFF))
+        while high - low > 1:
+            middle = (low + high) // 2
+            if intervals[middle] <= place:
+                low = middle
+            else:
+                high = middle
+        width = np.uint64(intervals[low + 1] - intervals[low])
+        state = (state >> np.uint64(24)) * width + np.uint64(place - intervals[low])
+        symbol = low - start - reach
+        if symbol > reach:
+            if taken == len(escapes):
+                return UNUSED, taken
+            symbol = np.int64(escapes[taken])
+            taken += 1
+        symbols[number] = symbol
+        second[number] = quantiser == 1
+        states[path] = NEXT[symbol & 1, states[path]]
+    while state > np.uint64(0):
+        words[count] = state & np.uint64(0xFFFFFFFF)
+        state >>= np.uint64(32)
+        count += 1
+    return count, taken
+
+
+def cheapest_paths(
+    size: Floats,
+    slope: Floats,
+    tables: Whole,
+    bits: npt.NDArray[np.float32],
+    shift: int,
+    paths: int,
+    symbols: npt.NDArray[np.int32],
+    second: npt.NDArray[np.bool_],
+) -> None:
+    """Find the sizes of symbols of least squared error + slope * bits (Viterbi 1967), and their quantisers.
+
+    Parameters
+    ----------
+    size, slope
+        Of what is coded, in quantisation steps, and the squared error in squared steps that a bit is worth.
+    tables, bits, shift
+        Of the first quantiser, those of the second are `shift` on; bits (tables, sizes) of a symbol's size.
+    symbols, second
+        Where the sizes and the quantisers go.
+    """
+    count, largest = len(size), bits.shape[1] - 1
+    steps = -(-count // paths)
+    choices = np.empty((steps, 4), np.int32)
+    upper = np.empty((steps, STATES), np.bool_)
+    cost = np.zeros(4, np.float32)
+    before, total = np.empty(STATES, np.float32), np.empty(STATES, np.float32)
+    for path in range(paths):
+        before[:] = np.inf
+        before[0] = 0.0
+        for step in range(steps):
+            number = step * paths + path
+            cost[:] = 0.0
+            # What is missing on the last step costs nothing.
+            for branch in range(4 if number < count else 0):
+                odd, parity = branch // 2, branch % 2
+                # The two symbols of this parity between which the value lies.
+                lower = 2 * np.int64(np.floor(((size[number] + odd) / SPACING - parity) / 2)) + parity
+                lower = max(lower, np.int64(parity))
+                row = tables[number] + odd * shift
+                near = size[number] - max(SPACING * lower - odd, 0)
+                far = size[number] - max(SPACING * (lower + 2) - odd, 0)
+                near = near * near + slope[number] * bits[row, min(lower, largest)]
+                far = far * far + slope[number] * bits[row, min(lower + 2, largest)]
+                choices[step, branch] = lower + 2 if far < near else lower
+                cost[branch] = np.float32(min(near, far))
+            for state in range(STATES):
+                # Two states lead to each; how they do are a quantiser and a parity.
+                one, two = state // 2, state // 2 + HALF
+                by_one = before[one] + cost[2 * (one & 1) + (NEXT[1, one] == state)]
+                by_two = before[two] + cost[2 * (two & 1) + (NEXT[1, two] == state)]
+                upper[step, state] = by_two < by_one
+                total[state] = min(by_one, by_two)
+            before, total = total, before
+        state = int(np.argmin(before))
+        for step in range(steps - 1, -1, -1):
+            last = state // 2 + HALF * upper[step, state]
+            number = step * paths + path
+            if number < count:
+                symbols[number] = choices[step, 2 * (last & 1) + (NEXT[1, last] == state)]
+                second[number] = (last & 1) == 1
+            state = last
+
+
+@cache
+def compiled() -> Kernels:
+    """The loops as machine code: under a second where it is kept on disk, some seconds where it is not."""
+    import numba
+
+    def to_machine_code(loop: Loop) -> Loop:
+        try:
+            return cast(Loop, numba.njit(loop, cache=True, nogil=True))
+        except RuntimeError:
+            # There is no folder to keep it in.
+            return cast(Loop, numba.njit(loop, nogil=True))
+
+    return Kernels(to_machine_code(push), to_machine_code(pull), to_machine_code(cheapest_paths))
+
+
+class Reading:
+    """How much this process has read without the loops."""
+
+    def __init__(self) -> None:
+        self._symbols = 0
+
+    def kernels(self, symbols: int) -> Kernels | None:
+        """The loops for so many symbols more, once they are loaded or would have been worth it."""
+        if self._symbols >= WORTH_LOADING or compiled.cache_info().currsize:
+            return _at_hand()
+        self._symbols += symbols
+        return None
+
+
+_READING = Reading()
+compiled_where_worth_it = _READING.kernels
+
+
+@cache
+def _at_hand() -> Kernels | None:
+    try:
+        return compiled()
+    except ImportError:
+        return None
