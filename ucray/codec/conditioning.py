@@ -6,6 +6,8 @@ differ smoothly from the coarsest quality to the finest.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -31,15 +33,31 @@ class QualityAffine(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(KNOTS, width))
         self.shift = nn.Parameter(torch.zeros(KNOTS, width))
+        self._kept: dict[float, tuple[Tensor, Tensor]] = {}
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; what was kept while nothing was learned is dropped."""
+        self._kept.clear()
+        return super().train(mode)
 
     def behind(self, convolution: Convolution, x: Tensor, quality: Tensor) -> Tensor:
         """Convolved features, scaled and shifted: of a single chunk within the convolution's weights."""
         if len(x) > 1 or torch.is_grad_enabled():
             return torch.as_tensor(self(convolution(x), quality))
+        return convolution.with_weights(x, *self._folded(convolution, quality))
+
+    def _folded(self, convolution: Convolution, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a convolution, scaled and shifted; kept where nothing is learned any more."""
         assert convolution.bias is not None
+        key = float(quality)
+        if key in self._kept:
+            return self._kept[key]
         scale = 1.0 + at_quality(self.scale, quality)[0]
         bias = convolution.bias * scale + at_quality(self.shift, quality)[0]
-        return convolution.with_weights(x, convolution.weight * scale[:, None, None, None, None], bias)
+        folded = convolution.weight * scale[:, None, None, None, None], bias
+        if not self.training:
+            self._kept[key] = folded
+        return folded
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
         """Features (batch, width, ...) at qualities (batch,)."""

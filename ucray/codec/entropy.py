@@ -98,25 +98,23 @@ class SymbolReader:
         layout = Layout.of(tables, self._frequencies.first_dependent)
         symbols = np.empty(len(layout.order), dtype=np.int64)
         second = np.zeros(len(layout.order), dtype=bool)
-        symbols[: layout.alone] = self._in_runs(layout.tables[: layout.alone])
-        on_paths = layout.tables[layout.alone :]
-        kernels = compiled_where_worth_it(len(on_paths))
+        kernels = compiled_where_worth_it(len(layout.order) - layout.alone)
         if kernels is None:
-            symbols[layout.alone :], second[layout.alone :] = self._one_by_one(on_paths, layout.paths)
+            symbols[: layout.alone] = self._in_runs(layout.tables[: layout.alone])
+            symbols[layout.alone :], second[layout.alone :] = self._on_paths(layout)
         else:
-            states = np.zeros(layout.paths, np.int64)
-            self._pull(kernels, on_paths, states, symbols[layout.alone :], second[layout.alone :])
+            self._pull(kernels, layout, symbols, second)
         points = np.zeros(len(tables), dtype=np.int64)
         points[layout.order] = points_of(symbols, second)
         return points
 
-    def _one_by_one(self, on_paths: npt.NDArray[np.int64], paths: int) -> tuple[list[int], list[int]]:
+    def _on_paths(self, layout: Layout) -> tuple[list[int], list[int]]:
         """The next symbols on the paths of a pass, and which quantiser each is of.
 
-        Only the last symbol of a path says which table is next.
+        One by one: only the last symbol says which table is next.
         """
         decode, kinds = self._coder.decode, self._frequencies.quantisers
-        tables = on_paths.tolist()
+        tables, paths = layout.tables[layout.alone :].tolist(), layout.paths
         symbols, quantisers, states = [], [], [0] * paths
         for start in range(0, len(tables), paths):
             for path, table in enumerate(tables[start : start + paths]):
@@ -134,23 +132,22 @@ class SymbolReader:
     def _pull(
         self,
         kernels: Kernels,
-        on_paths: npt.NDArray[np.int64],
-        states: npt.NDArray[np.int64],
+        layout: Layout,
         symbols: npt.NDArray[np.int64],
         second: npt.NDArray[np.bool_],
     ) -> None:
-        """The same, compiled: into `symbols` and `second`."""
+        """All symbols of a pass, compiled: into `symbols` and `second`."""
         words, tables = self._coder.get_compressed(), self._frequencies
-        shift = TABLES - tables.first_dependent
         left, self._taken = kernels.pull(
             words,
             self._escapes,
             self._taken,
             tables.intervals,
             tables.interval_starts,
-            on_paths,
-            shift,
-            states,
+            layout.tables,
+            layout.alone,
+            TABLES - tables.first_dependent,
+            np.zeros(layout.paths, np.int64),
             symbols,
             second,
         )

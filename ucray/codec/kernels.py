@@ -61,12 +61,13 @@ def pull(
     intervals: Whole,
     starts: Whole,
     tables: Whole,
+    alone: int,
     shift: int,
     states: Whole,
     symbols: Whole,
     second: npt.NDArray[np.bool_],
 ) -> tuple[int, int]:
-    """Read the symbols of one pass that lie on paths: words left, or UNUSED, and escapes taken.
+    """Read the symbols of one pass: words left, or UNUSED, and escapes taken.
 
     Parameters
     ----------
@@ -76,8 +77,9 @@ def pull(
         Symbols that no table holds, and how many of them were read before.
     intervals, starts
         Left ends of all tables' letters and 2^24, table behind table, and where each starts.
-    tables
-        Of the first quantiser, in the layout's order; those of the second are `shift` on.
+    tables, alone, shift
+        Of the first quantiser, in the layout's order, the first `alone` of which are on no path; those of the
+        second are `shift` on.
     states
         Zeros: the state of every path.
     symbols, second
@@ -88,8 +90,8 @@ def pull(
         while state >> np.uint64(32) == np.uint64(0) and count > 0:
             count -= 1
             state = (state << np.uint64(32)) | np.uint64(words[count])
-        path = number % paths
-        quantiser = states[path] & 1
+        path = (number - alone) % paths
+        quantiser = states[path] & 1 if number >= alone else 0
         table = tables[number] + quantiser * shift
         start, low, high = starts[table], starts[table], starts[table + 1] - 1
         reach = (high - low) // 2 - 1
@@ -110,7 +112,8 @@ def pull(
             taken += 1
         symbols[number] = symbol
         second[number] = quantiser == 1
-        states[path] = NEXT[symbol & 1, states[path]]
+        if number >= alone:
+            states[path] = NEXT[symbol & 1, states[path]]
     while state > np.uint64(0):
         words[count] = state & np.uint64(0xFFFFFFFF)
         state >>= np.uint64(32)

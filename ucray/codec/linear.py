@@ -126,7 +126,9 @@ class LinearSynthesis(LinearTransform):
         # Where it learns, every parameter has a gradient, be it zero.
         if not self.training and not bool(used.any()):
             return x_hat
-        better = self.postfilter(x_hat, quality)
+        better = torch.as_tensor(self.postfilter(x_hat, quality))
+        if not self.training and bool(used.all()):
+            return better
         return torch.where(used[:, None, None, None, None], better, x_hat)
 
     def unlapped(self, y_hat: Tensor, quality: Tensor) -> Tensor:
