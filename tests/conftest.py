@@ -66,6 +66,9 @@ TINY_DEPENDENT = msgspec.structs.replace(TINY, first_dependent=18)
 TINY_INTERLACED = msgspec.structs.replace(TINY_DEPENDENT, interlaced=True)
 """With its first group interlaced too: weights of version 4."""
 
+TINY_LONG_PATHS = msgspec.structs.replace(TINY_INTERLACED, trellis_states=256)
+"""With the larger trellis too: weights of version 5."""
+
 TINY_ANISOTROPIC = msgspec.structs.replace(TINY, levels=(0, 2, 2), latent_stride=(1, 2, 2))
 """For thick slices: 2 x 16 x 16 voxels a code."""
 
@@ -104,6 +107,12 @@ def dependent_weights() -> Weights:
 def interlaced_weights() -> Weights:
     """Like `tiny_weights`, for `TINY_INTERLACED`."""
     return build_weights(TINY_INTERLACED, seed=1)
+
+
+@pytest.fixture(scope="session")
+def long_path_weights() -> Weights:
+    """Like `tiny_weights`, for `TINY_LONG_PATHS`."""
+    return build_weights(TINY_LONG_PATHS, seed=1)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,15 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from conftest import TINY, TINY_DEPENDENT, TINY_FILTERED, TINY_INTERLACED, build_weights, smooth_volume_of
+from conftest import (
+    TINY,
+    TINY_DEPENDENT,
+    TINY_FILTERED,
+    TINY_INTERLACED,
+    TINY_LONG_PATHS,
+    build_weights,
+    smooth_volume_of,
+)
 from numpy.random import Generator
 
 from ucray.codec.bitstream import HEADER, MAGIC, VERSION, VERSION_SHIFT
@@ -31,15 +39,15 @@ FORMAT = ChunkFormat((32, 32, 32), "uint8", 0.0, 128.0, 30.0)
 INTERESTING = (0x00, 0x01, 0x7F, 0x80, 0xFF)
 
 
-CONFIGS = {1: TINY, 2: TINY_FILTERED, 3: TINY_DEPENDENT, 4: TINY_INTERLACED}
+CONFIGS = {1: TINY, 2: TINY_FILTERED, 3: TINY_DEPENDENT, 4: TINY_INTERLACED, 5: TINY_LONG_PATHS}
 """By the version of their weights."""
 
-PARSED = (1, 3, 4)
+PARSED = (1, 3, 4, 5)
 """Versions whose streams are parsed in ways of their own."""
 
 
 @cache
-def weights(version: int = 4) -> Weights:
+def weights(version: int = 5) -> Weights:
     """The weights that hostile chunks pretend to be coded with."""
     return build_weights(CONFIGS[version], seed=1)
 
@@ -56,7 +64,7 @@ CHUNKS = ("tissue", "padded", "speckled", "flat", "noise", "bounded", "bounded p
 
 
 @cache
-def chunks(version: int = 4) -> dict[str, bytes]:
+def chunks(version: int = 5) -> dict[str, bytes]:
     """Whole chunks of every kind, CHUNKS, as seeds."""
     tissue = np.clip(smooth_volume_of((32, 32, 32), 3) * 30 + 128, 1, 255).astype(np.uint8)
     padded = tissue.copy()

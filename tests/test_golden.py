@@ -30,6 +30,7 @@ EXACT = {
     "lossless": 163987942,
     "dependent-bounded": 3916774136,
     "interlaced-bounded": 490358148,
+    "long-paths-bounded": 2878834123,
 }
 """CRC-32C of an archive's voxels, row-major."""
 
@@ -39,6 +40,7 @@ LATENTS = {
     "filtered": 3995166416,
     "dependent": 828967988,
     "interlaced": 1942939210,
+    "long-paths": 2218008907,
 }
 """CRC-32C of all whole latents of an archive, int64, chunk by chunk."""
 

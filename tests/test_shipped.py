@@ -29,6 +29,8 @@ DIGESTS = {
     "em-fib-v5": "7f1fa35fe4eb7eeabdc4948bfc102a3a99c074a1bafd484b220dd9d469b7b740",
     "em-fib-v6": "68e9528a32aced4b07a541904de41c3bd105c131e3f9432d478d35ce41caf322",
     "em-fib-v7": "89c4baf4955b0fbfb03df5e7708bb30cdb406752b3945e289120a8331eaa9435",
+    "em-fib-v8": "22e554a67c774c93ef9ff7532b8b9924f8c78d887856e92ade6af8cb16ddacb2",
+    "em-fib-v9": "bef5f83a059b8d76c731afdb17f17fa9582eb44e340a72e84a815aa9ab96f79f",
 }
 
 FORMAT = ChunkFormat((64, 64, 64), "uint8", 0.0, 128.0, 30.0)
@@ -55,7 +57,7 @@ def test_what_they_learnt_from_is_named_without_a_machine_s_paths(name: str) -> 
 
 
 def test_they_serve_isotropic_volumes_alone() -> None:
-    assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v7"
+    assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v9"
     assert shipped_for(config_for_voxels((50.0, 4.6, 4.6))) is None
 
 
@@ -63,8 +65,8 @@ def test_compress_takes_them_by_default_and_says_so(tmp_path: Path) -> None:
     source, archive = str(tmp_path / "em.zarr"), str(tmp_path / "em.ucray")
     ucray.synth(source, (64, 64, 128), seed=1)
     report = ucray.compress(source, archive, run_options=ucray.RunOptions(serial=True))
-    assert report.weights == "em-fib-v7"
-    assert ucray.info(archive)["weights_digest"] == DIGESTS["em-fib-v7"]
+    assert report.weights == "em-fib-v9"
+    assert ucray.info(archive)["weights_digest"] == DIGESTS["em-fib-v9"]
     found = ucray.verify(archive, source, serial=True)
     assert found.clean
     plan = CliRunner().invoke(app, ["compress", source, "DST", "--weights", "em-fib-v1", "--dry-run"])

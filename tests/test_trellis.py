@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import get_args
 from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import TINY, TINY_DEPENDENT, SmoothVolume
+from conftest import TINY, TINY_DEPENDENT, SmoothVolume, build_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -32,10 +33,10 @@ from ucray.codec.frequencies import SILENT, FrequencyTables, logistic_weights, t
 from ucray.codec.kernels import compiled
 from ucray.codec.prior import ContextPrior
 from ucray.codec.rate import SLOPE
-from ucray.codec.trellis import FEWEST_PATHS, LONGEST_PATH, NEXT, SPACING, STATES, WIDENING, Layout, paths_for
+from ucray.codec.trellis import FEWEST_PATHS, SPACING, WIDENING, Layout, trellis_of
 from ucray.codec.viterbi import best_symbols
 from ucray.codec.weights import Weights
-from ucray.config import CodecConfig
+from ucray.config import CodecConfig, TrellisStates
 from ucray.errors import ChunkError, SettingsError, WeightsError
 from ucray.settings import TrainingConfig
 from ucray.training.distill import Trainer
@@ -47,17 +48,20 @@ Symbols = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint32]
 
 
-def build_frequencies(first: int) -> FrequencyTables:
+def build_frequencies(first: int, states: TrellisStates = 8) -> FrequencyTables:
     """Logistic tables, of both quantisers from `first` on; no codes."""
     logistic = logistic_weights(first)
     return FrequencyTables(
         reach=np.array([(len(w) - 2) // 2 for w in logistic], np.int16),
         frequencies=np.concatenate([to_frequencies(w) for w in logistic]),
         code_frequencies=np.empty((0, 0), np.uint16),
+        states=states,
     )
 
 
-FREQUENCIES = build_frequencies(FIRST)
+SIZES: tuple[TrellisStates, ...] = get_args(TrellisStates)
+FREQUENCIES = {states: build_frequencies(FIRST, states) for states in SIZES}
+sizes = pytest.mark.parametrize("states", SIZES)
 
 
 def order_reference(tables: Tables) -> list[int]:
@@ -65,23 +69,29 @@ def order_reference(tables: Tables) -> list[int]:
     return sorted((n for n in range(len(tables)) if tables[n] != SILENT), key=lambda n: (tables[n], n))
 
 
-def quantisers_reference(tables: Tables, symbols: Symbols) -> list[int]:
+def next_reference(state: int, symbol: int, states: int) -> int:
+    """FORMAT.md's law."""
+    if states == 8:
+        return (2 * state + (symbol + bin(state).count("1")) % 2) % 8
+    return state // 2 ^ (166 if state % 2 else 0) ^ (121 if symbol % 2 else 0)
+
+
+def quantisers_reference(tables: Tables, symbols: Symbols, states: int) -> list[int]:
     """0 or 1 for each symbol: FORMAT.md's law, one symbol after the other."""
     found = [0] * len(tables)
     on_paths = [place for place in order_reference(tables) if tables[place] >= FIRST]
-    paths = max(8, -(-len(on_paths) // 128))
-    states = [0] * paths
+    paths = max(8, -(-len(on_paths) // 128)) if states == 8 else 1
+    at = [0] * paths
     for number, place in enumerate(on_paths):
-        state = states[number % paths]
+        state = at[number % paths]
         found[place] = state % 2
-        ones = bin(state).count("1") + int(symbols[place])
-        states[number % paths] = (2 * state + ones % 2) % 8
+        at[number % paths] = next_reference(state, int(symbols[place]), states)
     return found
 
 
-def numbered(tables: Tables, symbols: Symbols) -> Tables:
+def numbered(tables: Tables, symbols: Symbols, states: int) -> Tables:
     """Tables with those of the second quantiser for its symbols."""
-    quantisers = np.array(quantisers_reference(tables, symbols), np.uint8)
+    quantisers = np.array(quantisers_reference(tables, symbols, states), np.uint8)
     numbers: Tables = tables + np.uint8(SHIFT) * quantisers
     return numbers
 
@@ -110,11 +120,14 @@ def reading(way: str) -> Iterator[None]:
         yield
 
 
+@sizes
 @pytest.mark.parametrize("way", WAYS)
 @given(parts=st.lists(some_pass(), max_size=3))
-def test_levels_follow_from_the_law(way: str, parts: list[tuple[Tables, Symbols]]) -> None:
-    coded = [(numbered(*part), part[1]) for part in parts]
-    reader = SymbolReader(FREQUENCIES, *entropy.encode(FREQUENCIES, None, coded, FIRST))
+def test_levels_follow_from_the_law(
+    states: TrellisStates, way: str, parts: list[tuple[Tables, Symbols]]
+) -> None:
+    coded = [(numbered(*part, states), part[1]) for part in parts]
+    reader = SymbolReader(FREQUENCIES[states], *entropy.encode(FREQUENCIES[states], None, coded, FIRST))
     for (tables, symbols), (numbers, _) in zip(parts, coded, strict=True):
         with reading(way):
             levels = reader.points(tables)
@@ -124,10 +137,12 @@ def test_levels_follow_from_the_law(way: str, parts: list[tuple[Tables, Symbols]
     reader.finish()
 
 
-def points_or_refusal(way: str, words: Words, escapes: Symbols, passes: list[Tables]) -> object:
+def points_or_refusal(
+    states: TrellisStates, way: str, words: Words, escapes: Symbols, passes: list[Tables]
+) -> object:
     """What a reader finds in words that may be damaged, down to the last of them."""
     try:
-        reader = SymbolReader(FREQUENCIES, words, escapes)
+        reader = SymbolReader(FREQUENCIES[states], words, escapes)
         with reading(way):
             found = [reader.points(tables).tolist() for tables in passes]
         reader.finish()
@@ -136,27 +151,31 @@ def points_or_refusal(way: str, words: Words, escapes: Symbols, passes: list[Tab
     return found
 
 
+@sizes
 @given(
-    arrays(np.uint32, st.integers(0, 12), elements=st.integers(0, 2**32 - 1) | st.integers(0, 3)),
-    arrays(np.int32, st.integers(0, 3), elements=st.integers(-(2**31), 2**31 - 1)),
-    st.lists(arrays(np.uint8, st.integers(0, 40), elements=st.integers(0, TABLES - 1)), max_size=3),
+    words=arrays(np.uint32, st.integers(0, 12), elements=st.integers(0, 2**32 - 1) | st.integers(0, 3)),
+    escapes=arrays(np.int32, st.integers(0, 3), elements=st.integers(-(2**31), 2**31 - 1)),
+    passes=st.lists(arrays(np.uint8, st.integers(0, 40), elements=st.integers(0, TABLES - 1)), max_size=3),
 )
-def test_both_ways_read_the_same_in_any_words(words: Words, escapes: Symbols, passes: list[Tables]) -> None:
-    one, other = (points_or_refusal(way, words, escapes, passes) for way in WAYS)
+def test_both_ways_read_the_same_in_any_words(
+    states: TrellisStates, words: Words, escapes: Symbols, passes: list[Tables]
+) -> None:
+    one, other = (points_or_refusal(states, way, words, escapes, passes) for way in WAYS)
     assert one == other
 
 
 @settings(max_examples=25)
 @given(st.lists(some_pass(), max_size=3))
 def test_words_follow_from_whole_numbers(parts: list[tuple[Tables, Symbols]]) -> None:
-    coded = [(numbered(*part), part[1]) for part in parts]
+    frequencies = FREQUENCIES[8]
+    coded = [(numbered(*part, 8), part[1]) for part in parts]
     letters = []
     for (tables, symbols), (numbers, _) in zip(parts, coded, strict=True):
         for place in order_reference(tables):
-            reach, symbol = int(FREQUENCIES.reach[numbers[place]]), int(symbols[place])
+            reach, symbol = int(frequencies.reach[numbers[place]]), int(symbols[place])
             letter = symbol + reach if abs(symbol) <= reach else 2 * reach + 1
-            letters.append((letter, FREQUENCIES.tables[numbers[place]].tolist()))
-    words, _ = entropy.encode(FREQUENCIES, None, coded, FIRST)
+            letters.append((letter, frequencies.tables[numbers[place]].tolist()))
+    words, _ = entropy.encode(frequencies, None, coded, FIRST)
     assert words.tolist() == rans_words(letters)
 
 
@@ -165,10 +184,11 @@ def test_missing_escapes_on_a_path_are_refused(way: str) -> None:
     tables = np.full(40, 30, np.uint8)
     symbols = np.zeros(40, np.int32)
     symbols[[3, 20]] = 30000, -30000
-    words, escapes = entropy.encode(FREQUENCIES, None, [(numbered(tables, symbols), symbols)], FIRST)
+    coded = [(numbered(tables, symbols, 8), symbols)]
+    words, escapes = entropy.encode(FREQUENCIES[8], None, coded, FIRST)
     assert escapes.tolist() == [30000, -30000]
     with reading(way), pytest.raises(ChunkError, match="do not fill"):
-        SymbolReader(FREQUENCIES, words, escapes[:1]).points(tables)
+        SymbolReader(FREQUENCIES[8], words, escapes[:1]).points(tables)
 
 
 @pytest.mark.parametrize("missing", [False, True])
@@ -187,12 +207,17 @@ assert (compiled_where_worth_it(1) is None) is {missing}
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-def test_states_form_a_trellis() -> None:
-    """Two states lead to each, by one symbol each; an odd and an even symbol lead to different ones."""
-    for state in range(STATES):
-        followers = NEXT[:, state].tolist()
-        assert sorted(followers) == sorted({2 * state % STATES, (2 * state + 1) % STATES})
-    assert all(np.bincount(NEXT.reshape(-1), minlength=STATES) == 2)
+@sizes
+def test_states_form_a_trellis(states: TrellisStates) -> None:
+    """To each lead an even symbol from one state and an odd one from another, both of one quantiser."""
+    trellis = trellis_of(states)
+    for state in range(states):
+        for symbol in (0, 1):
+            assert trellis.following[symbol, state] == next_reference(state, symbol, states)
+            assert trellis.following[symbol, trellis.before[symbol, state]] == state
+        one, other = trellis.before[:, state]
+        assert one != other
+        assert one % 2 == other % 2
 
 
 def test_tables_of_the_second_quantiser_hold_the_mass_about_its_points() -> None:
@@ -212,31 +237,34 @@ def layout_of(tables: Tables) -> Layout:
     return Layout.of(tables, FIRST)
 
 
+@sizes
 @settings(max_examples=20)
-@given(st.integers(0, 2**32 - 1))
-def test_the_path_that_is_found_is_the_cheapest(seed: int) -> None:
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_path_that_is_found_is_the_cheapest(states: TrellisStates, seed: int) -> None:
     """Against all symbols from -4 to 4 on paths of four symbols."""
     random = np.random.default_rng(seed)
-    tables = random.integers(FIRST, 48, 4 * FEWEST_PATHS).astype(np.uint8)
+    frequencies = FREQUENCIES[states]
+    paths = FEWEST_PATHS if states == 8 else 1
+    tables = random.integers(FIRST, 48, 4 * paths).astype(np.uint8)
     layout = layout_of(tables)
     used = layout.tables
     scaled = random.uniform(-6.0, 6.0, len(tables))
     slope = random.uniform(0.0, 0.6, len(tables))
-    symbols, second = best_symbols(FREQUENCIES, layout, scaled, slope)
+    symbols, second = best_symbols(frequencies, layout, scaled, slope)
 
     def cost(place: int, symbol: int, odd: int) -> float:
         level = 2 * symbol - odd * ((symbol > 0) - (symbol < 0))
         number = used[place] + SHIFT * odd
-        bits = float(FREQUENCIES.size_bits[number, abs(symbol)])
+        bits = float(frequencies.size_bits[number, abs(symbol)])
         return float((scaled[place] - level) ** 2 + slope[place] * bits)
 
-    for path in range(FEWEST_PATHS):
-        places = range(path, len(tables), FEWEST_PATHS)
+    for path in range(paths):
+        places = range(path, len(tables), paths)
         found, state = 0.0, 0
         for place in places:
             assert bool(state % 2) == second[place]
             found += cost(place, int(symbols[place]), state % 2)
-            state = int(NEXT[int(symbols[place]) % 2, state])
+            state = next_reference(state, int(symbols[place]), states)
         costs = {
             (place, symbol, odd): cost(place, symbol, odd)
             for place in places
@@ -248,29 +276,34 @@ def test_the_path_that_is_found_is_the_cheapest(seed: int) -> None:
             total, state = 0.0, 0
             for place, symbol in zip(places, tried, strict=True):
                 total += costs[place, symbol, state % 2]
-                state = int(NEXT[symbol % 2, state])
+                state = next_reference(state, symbol, states)
             least = min(least, total)
         # Sums of float32 numbers up to a few tens.
         assert found == pytest.approx(least, abs=1e-4)
 
 
-def test_paths_lie_denser_than_symbols_alone() -> None:
-    """Without regard to bits: the theory's granular gain of eight states is 1.1 dB."""
+@pytest.mark.parametrize(("states", "low", "high"), [(8, 1.0, 1.2), (256, 1.25, 1.4)])
+def test_paths_lie_denser_than_symbols_alone(states: TrellisStates, low: float, high: float) -> None:
+    """Without regard to bits: the theory's granular gains are 1.1 and 1.33 dB."""
     random = np.random.default_rng(4)
-    tables = np.full(64 * LONGEST_PATH, TABLES - 1, np.uint8)
+    tables = np.full(8192, TABLES - 1, np.uint8)
     scaled = random.uniform(-100.0, 100.0, len(tables))
-    symbols, second = best_symbols(FREQUENCIES, layout_of(tables), scaled, np.zeros(len(tables)))
+    symbols, second = best_symbols(FREQUENCIES[states], layout_of(tables), scaled, np.zeros(len(tables)))
     levels = SPACING * symbols - np.sign(symbols) * second
     alone = SPACING**2 / 12.0
     gain = 10.0 * np.log10(alone / np.mean(np.square(scaled - levels)))
-    assert 1.0 < gain < 1.2
-    assert paths_for(len(tables)) == 64
+    assert low < gain < high
+
+
+def test_paths_through_eight_states_are_no_longer_than_128() -> None:
+    assert [trellis_of(8).paths_for(count) for count in (0, 1024, 1025, 8192)] == [8, 8, 9, 64]
+    assert trellis_of(256).paths_for(8192) == 1
 
 
 def test_the_largest_values_find_symbols() -> None:
     tables = np.full(16, TABLES - 1, np.uint8)
     scaled = np.array([65530.0, -65530.0] * 8)
-    symbols, second = best_symbols(FREQUENCIES, layout_of(tables), scaled, np.zeros(16))
+    symbols, second = best_symbols(FREQUENCIES[8], layout_of(tables), scaled, np.zeros(16))
     levels = SPACING * symbols.astype(int) - np.sign(symbols) * second
     assert np.abs(levels - scaled).max() <= SPACING
 
@@ -286,11 +319,13 @@ def latents_of(weights: Weights, seed: int) -> tuple[npt.NDArray[np.uint8], npt.
 
 @pytest.mark.parametrize("quality", [0, 60, 200, 255])
 @pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("name", ["dependent_weights", "long_path_weights"])
 def test_a_stream_decodes_to_what_was_quantised(
-    quality: int, weighed: bool, dependent_weights: Weights
+    quality: int, weighed: bool, name: str, request: pytest.FixtureRequest
 ) -> None:
-    stream = dependent_weights.stream
-    codes, latents = latents_of(dependent_weights, 1)
+    trained: Weights = request.getfixturevalue(name)
+    stream = trained.stream
+    codes, latents = latents_of(trained, 1)
     weights = np.random.default_rng(2).uniform(0.2, 5.0, (4, 4, 4)) if weighed else None
     symbols, quantised = stream.quantise(codes, latents, quality, weights)
     decoded = stream.decode(*stream.encode(symbols), (2, 2, 2), quality, len(symbols.tables))
@@ -326,9 +361,14 @@ def cost_of(weights: Weights, quality: int) -> float:
 def test_error_and_bits_together_are_less_than_without(
     tiny_weights: Weights, dependent_weights: Weights
 ) -> None:
-    """Of the same networks, at the same worth of a bit; at fine qualities by a bit for seven latents."""
+    """Of the same networks, at the same worth of a bit; at fine qualities by a bit for seven latents.
+
+    And less again with more states.
+    """
+    larger = build_weights(replace(TINY_DEPENDENT, trellis_states=256), seed=1)
     for quality in (120, 200, 255):
-        assert cost_of(dependent_weights, quality) < cost_of(tiny_weights, quality)
+        costs = [cost_of(weights, quality) for weights in (larger, dependent_weights, tiny_weights)]
+        assert costs[0] < costs[1] < costs[2]
 
 
 def test_chunks_come_back(
@@ -355,6 +395,16 @@ def test_tables_that_do_not_fit_the_trellis_are_refused(
     config = replace(dependent_weights.config, first_dependent=first)
     with pytest.raises(WeightsError, match="damaged"):
         Weights(config, dependent_weights.tensors).check_stream()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"trellis_states": 16}, {"trellis_states": "256"}, {"first_dependent": None, "trellis_states": 256}],
+)
+def test_a_trellis_that_there_is_not_is_refused(given: dict[str, object], dependent_weights: Weights) -> None:
+    plain = dependent_weights.config.to_json() | given
+    with pytest.raises(ValueError, match="trellis_states"):
+        CodecConfig.parse(json.loads(json.dumps(plain)))
 
 
 @pytest.mark.parametrize("first", [0, 85, "18"])
@@ -403,7 +453,7 @@ def test_gains_come_back_from_whole_numbers() -> None:
 def test_only_what_is_counted_anew_is_interlaced_and_comes_to_lie_on_paths(
     keep: bool, tiny_weights: Weights
 ) -> None:
-    assert trained_config(TINY, keep_stream=keep).version == (1 if keep else 4)
+    assert trained_config(TINY, keep_stream=keep).version == (1 if keep else 5)
     settings = TrainingConfig(teacher_steps=0, student_steps=1, keep_stream=keep)
     if keep:
         with pytest.raises(SettingsError, match="another configuration"):

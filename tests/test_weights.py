@@ -62,10 +62,15 @@ def test_round_trip(tiny_weights: Weights) -> None:
 @pytest.mark.parametrize(
     ("version", "name", "unnamed"),
     [
-        (1, "tiny_weights", {"teacher_filter", "student_filter", "first_dependent", "interlaced"}),
-        (2, "filtered_weights", {"first_dependent", "interlaced"}),
-        (3, "dependent_weights", {"interlaced"}),
-        (4, "interlaced_weights", set()),
+        (
+            1,
+            "tiny_weights",
+            {"teacher_filter", "student_filter", "first_dependent", "interlaced", "trellis_states"},
+        ),
+        (2, "filtered_weights", {"first_dependent", "interlaced", "trellis_states"}),
+        (3, "dependent_weights", {"interlaced", "trellis_states"}),
+        (4, "interlaced_weights", {"trellis_states"}),
+        (5, "long_path_weights", set()),
     ],
 )
 def test_weights_are_of_the_first_version_that_knows_their_parts_and_say_so(
@@ -197,7 +202,7 @@ def test_foreign_safetensors_are_refused(tiny_weights: Weights) -> None:
     for data in (
         save({"weight": np.zeros(3, np.float32)}),
         save({"weight": np.zeros(3, np.float32)}, metadata={"format": "pt"}),
-        rewritten(tiny_weights, {}, key="ucray-weights-5"),
+        rewritten(tiny_weights, {}, key="ucray-weights-6"),
     ):
         with pytest.raises(WeightsError, match=FORMAT):
             Weights.from_bytes(bytes(data))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ Width = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 Depth = Annotated[int, msgspec.Meta(ge=0, le=64)]
 Step = Annotated[int, msgspec.Meta(ge=1, le=8)]
 Level = Annotated[int, msgspec.Meta(ge=0, le=4)]
+TrellisStates = Literal[8, 256]
 Sizes = TypeVar("Sizes", bound=msgspec.Struct)
 
 
@@ -83,8 +84,8 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     with it, and with it alone.
 
     Symbols of frequency tables from `first_dependent` on lie on the paths of a trellis
-    (`ucray.codec.trellis`); without it all are rounded one by one. Where it is `interlaced`, the first
-    group's checkerboard is coded in six passes (`ucray.codec.passes`).
+    (`ucray.codec.trellis`) of `trellis_states`; without it all are rounded one by one. Where it is
+    `interlaced`, the first group's checkerboard is coded in six passes (`ucray.codec.passes`).
     """
 
     wavelet: str = "haar"
@@ -108,6 +109,7 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     student_filter: FilterConfig | None = None
     first_dependent: Annotated[int, msgspec.Meta(ge=1, le=84)] | None = None
     interlaced: bool = False
+    trellis_states: TrellisStates = 8
 
     def __post_init__(self) -> None:
         linear = self.analysis is None
@@ -115,6 +117,8 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("codes have stages and a width where an analysis computes them, and only there")
         if self.interlaced and not self.checkered:
             raise ValueError("what is interlaced is the first half of a checkerboard")
+        if self.trellis_states != 8 and self.first_dependent is None:
+            raise ValueError("trellis_states are of symbols that lie on paths: give first_dependent too")
 
     @classmethod
     def parse(cls, found: object) -> CodecConfig:
@@ -124,10 +128,12 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold; digests are taken of it.
 
-        Version 1 knew no post-filters, version 2 no trellis, version 3 nothing interlaced: without, they are
-        what they were.
+        Version 1 knew no post-filters, version 2 no trellis, version 3 nothing interlaced, version 4 no
+        larger trellis: without, they are what they were.
         """
         plain: dict[str, Any] = msgspec.to_builtins(self)
+        if self.version < 5:
+            del plain["trellis_states"]
         if self.version < 4:
             del plain["interlaced"]
         if self.version < 3:
@@ -139,6 +145,8 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def version(self) -> int:
         """Version of the weights' format: the first that knows all of this."""
+        if self.trellis_states != 8:
+            return 5
         if self.interlaced:
             return 4
         if self.first_dependent is not None:
@@ -204,6 +212,9 @@ FIRST_DEPENDENT = 18
 Of smaller ones nearly all are zero.
 """
 
+LARGE_TRELLIS: TrellisStates = 256
+"""Of new weights."""
+
 SMALL_CELL = 256
 """Voxels; a latent cell of fewer has SMALL_GROUPS of latents and SMALL_NETWORKS."""
 
@@ -246,6 +257,7 @@ def config_for_voxels(voxel_size: tuple[float, float, float], *, large: bool = F
         student_filter=STUDENT_FILTER,
         first_dependent=FIRST_DEPENDENT,
         interlaced=True,
+        trellis_states=LARGE_TRELLIS,
     )
     if math.prod(config.latent_cell) < SMALL_CELL:
         config = msgspec.structs.replace(config, groups=SMALL_GROUPS, checkered=3, **SMALL_NETWORKS)

@@ -22,6 +22,7 @@ from conftest import (  # noqa: E402
     TINY_DEPENDENT,
     TINY_FILTERED,
     TINY_INTERLACED,
+    TINY_LONG_PATHS,
     build_weights,
     smooth_volume_of,
 )
@@ -44,7 +45,13 @@ def volume(shape: Shape3, seed: int) -> Any:
     return voxels
 
 
-TINY_OF = {"v1": (TINY, 1), "v2": (TINY_FILTERED, 3), "v3": (TINY_DEPENDENT, 1), "v4": (TINY_INTERLACED, 1)}
+TINY_OF = {
+    "v1": (TINY, 1),
+    "v2": (TINY_FILTERED, 3),
+    "v3": (TINY_DEPENDENT, 1),
+    "v4": (TINY_INTERLACED, 1),
+    "v5": (TINY_LONG_PATHS, 1),
+}
 """Configuration and seed of the untrained weights."""
 
 ARCHIVES: dict[str, dict[str, tuple[dict[str, object], str]]] = {
@@ -62,6 +69,10 @@ ARCHIVES: dict[str, dict[str, tuple[dict[str, object], str]]] = {
     "v4": {
         "interlaced": ({"ratio": 8}, "tiny.safetensors"),
         "interlaced-bounded": ({"max_error": 2}, "tiny.safetensors"),
+    },
+    "v5": {
+        "long-paths": ({"ratio": 8}, "tiny.safetensors"),
+        "long-paths-bounded": ({"max_error": 2}, "tiny.safetensors"),
     },
 }
 """Targets and weights."""

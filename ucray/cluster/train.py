@@ -36,7 +36,7 @@ from ucray.cluster.session import Resources, failure, resources
 from ucray.cluster.telemetry import Event, Listener
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.weights import Weights
-from ucray.config import FIRST_DEPENDENT, CodecConfig, DecoderSizes, default_chunk
+from ucray.config import FIRST_DEPENDENT, LARGE_TRELLIS, CodecConfig, DecoderSizes, default_chunk
 from ucray.errors import JobError, SettingsError
 from ucray.grid import Box, Shape3
 from ucray.settings import TrainingConfig
@@ -165,10 +165,15 @@ def train(
 
 
 def trained_config(config: CodecConfig, *, keep_stream: bool) -> CodecConfig:
-    """What training makes of a configuration: what is counted anew is interlaced, and on paths."""
+    """What training makes of a configuration: what is counted anew is interlaced, and on long paths."""
     if keep_stream:
         return config
-    return replace(config, first_dependent=FIRST_DEPENDENT, interlaced=config.checkered > 0)
+    return replace(
+        config,
+        first_dependent=FIRST_DEPENDENT,
+        interlaced=config.checkered > 0,
+        trellis_states=LARGE_TRELLIS,
+    )
 
 
 def fitting_chunk(chunk: Shape3, shape: Shape3, config: CodecConfig) -> Shape3:

@@ -16,10 +16,8 @@ import numpy.typing as npt
 from ucray.codec.context import TABLES, Codes, Tables
 from ucray.codec.frequencies import FrequencyTables, Symbols
 from ucray.codec.kernels import UNUSED, Kernels, compiled, compiled_where_worth_it
-from ucray.codec.trellis import NEXT, Layout, points_of
+from ucray.codec.trellis import Layout, points_of
 from ucray.errors import ChunkError
-
-_NEXT = NEXT.tolist()
 
 
 def encode(
@@ -114,7 +112,8 @@ class SymbolReader:
         One by one: only the last symbol says which table is next.
         """
         decode, kinds = self._coder.decode, self._frequencies.quantisers
-        tables, paths = layout.tables[layout.alone :].tolist(), layout.paths
+        tables, trellis = layout.tables[layout.alone :].tolist(), self._frequencies.trellis
+        paths, following = trellis.paths_for(len(tables)), trellis.following.tolist()
         symbols, quantisers, states = [], [], [0] * paths
         for start in range(0, len(tables), paths):
             for path, table in enumerate(tables[start : start + paths]):
@@ -126,7 +125,7 @@ class SymbolReader:
                     symbol = self._next_escape()
                 symbols.append(symbol)
                 quantisers.append(quantiser)
-                states[path] = _NEXT[symbol & 1][state]
+                states[path] = following[symbol & 1][state]
         return symbols, quantisers
 
     def _pull(
@@ -138,6 +137,7 @@ class SymbolReader:
     ) -> None:
         """All symbols of a pass, compiled: into `symbols` and `second`."""
         words, tables = self._coder.get_compressed(), self._frequencies
+        paths = tables.trellis.paths_for(len(layout.tables) - layout.alone)
         left, self._taken = kernels.pull(
             words,
             self._escapes,
@@ -147,7 +147,8 @@ class SymbolReader:
             layout.tables,
             layout.alone,
             TABLES - tables.first_dependent,
-            np.zeros(layout.paths, np.int64),
+            tables.trellis.following,
+            np.zeros(paths, np.int64),
             symbols,
             second,
         )

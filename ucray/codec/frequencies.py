@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ucray.codec.context import SCALE_UNITS, TABLE_OCTAVES, TABLE_UNITS, TABLES, Tables
+from ucray.codec.trellis import Trellis, trellis_of
+from ucray.config import TrellisStates
 
 TOTAL = 1 << 16
 """Sum of the frequencies of every table."""
@@ -48,11 +50,19 @@ class FrequencyTables:
         uint16, all tables behind one another, each 2 * reach[t] + 2 long with a sum of TOTAL.
     code_frequencies
         uint16 (stages, codes): each row with a sum of TOTAL.
+    states
+        Of the trellis.
     """
 
     reach: npt.NDArray[np.int16]
     frequencies: npt.NDArray[np.uint16]
     code_frequencies: npt.NDArray[np.uint16]
+    states: TrellisStates = 8
+
+    @property
+    def trellis(self) -> Trellis:
+        """Where symbols lie on paths, what leads where."""
+        return trellis_of(self.states)
 
     @property
     def first_dependent(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from ucray.codec.trellis import HALF, NEXT, SPACING, STATES
+from ucray.codec.trellis import SPACING
 
 Words = npt.NDArray[np.uint32]
 Whole = npt.NDArray[np.int64]
@@ -63,6 +63,7 @@ def pull(
     tables: Whole,
     alone: int,
     shift: int,
+    following: Whole,
     states: Whole,
     symbols: Whole,
     second: npt.NDArray[np.bool_],
@@ -80,6 +81,8 @@ def pull(
     tables, alone, shift
         Of the first quantiser, in the layout's order, the first `alone` of which are on no path; those of the
         second are `shift` on.
+    following
+        Of the trellis.
     states
         Zeros: the state of every path.
     symbols, second
@@ -113,7 +116,7 @@ def pull(
         symbols[number] = symbol
         second[number] = quantiser == 1
         if number >= alone:
-            states[path] = NEXT[symbol & 1, states[path]]
+            states[path] = following[symbol & 1, states[path]]
     while state > np.uint64(0):
         words[count] = state & np.uint64(0xFFFFFFFF)
         state >>= np.uint64(32)
@@ -127,6 +130,7 @@ def cheapest_paths(
     tables: Whole,
     bits: npt.NDArray[np.float32],
     shift: int,
+    before: Whole,
     paths: int,
     symbols: npt.NDArray[np.int32],
     second: npt.NDArray[np.bool_],
@@ -139,50 +143,52 @@ def cheapest_paths(
         Of what is coded, in quantisation steps, and the squared error in squared steps that a bit is worth.
     tables, bits, shift
         Of the first quantiser, those of the second are `shift` on; bits (tables, sizes) of a symbol's size.
+    before, paths
+        Of the trellis, and how many paths there are.
     symbols, second
         Where the sizes and the quantisers go.
     """
-    count, largest = len(size), bits.shape[1] - 1
+    count, largest, states = len(size), bits.shape[1] - 1, before.shape[1]
     steps = -(-count // paths)
-    choices = np.empty((steps, 4), np.int32)
-    upper = np.empty((steps, STATES), np.bool_)
-    cost = np.zeros(4, np.float32)
-    before, total = np.empty(STATES, np.float32), np.empty(STATES, np.float32)
+    choices, odd = np.empty((steps, 4), np.int32), np.empty((steps, states), np.bool_)
+    of_second = (before[0] & 1).astype(np.bool_)
+    total, cost = np.empty(states, np.float32), np.empty(4, np.float32)
+    by_even, by_odd = np.empty(states, np.float32), np.empty(states, np.float32)
     for path in range(paths):
-        before[:] = np.inf
-        before[0] = 0.0
-        for step in range(steps):
+        total[:] = np.inf
+        total[0] = 0.0
+        length = (count - path + paths - 1) // paths
+        for step in range(length):
             number = step * paths + path
-            cost[:] = 0.0
-            # What is missing on the last step costs nothing.
-            for branch in range(4 if number < count else 0):
-                odd, parity = branch // 2, branch % 2
+            for branch in range(4):
+                quantiser, parity = branch // 2, branch % 2
                 # The two symbols of this parity between which the value lies.
-                lower = 2 * np.int64(np.floor(((size[number] + odd) / SPACING - parity) / 2)) + parity
+                lower = 2 * np.int64(np.floor(((size[number] + quantiser) / SPACING - parity) / 2)) + parity
                 lower = max(lower, np.int64(parity))
-                row = tables[number] + odd * shift
-                near = size[number] - max(SPACING * lower - odd, 0)
-                far = size[number] - max(SPACING * (lower + 2) - odd, 0)
+                row = tables[number] + quantiser * shift
+                near = size[number] - max(SPACING * lower - quantiser, 0)
+                far = size[number] - max(SPACING * (lower + 2) - quantiser, 0)
                 near = near * near + slope[number] * bits[row, min(lower, largest)]
                 far = far * far + slope[number] * bits[row, min(lower + 2, largest)]
                 choices[step, branch] = lower + 2 if far < near else lower
                 cost[branch] = np.float32(min(near, far))
-            for state in range(STATES):
-                # Two states lead to each; how they do are a quantiser and a parity.
-                one, two = state // 2, state // 2 + HALF
-                by_one = before[one] + cost[2 * (one & 1) + (NEXT[1, one] == state)]
-                by_two = before[two] + cost[2 * (two & 1) + (NEXT[1, two] == state)]
-                upper[step, state] = by_two < by_one
-                total[state] = min(by_one, by_two)
-            before, total = total, before
-        state = int(np.argmin(before))
-        for step in range(steps - 1, -1, -1):
-            last = state // 2 + HALF * upper[step, state]
+            # Apart from what follows, which a processor does for several states at a time.
+            for state in range(states):
+                by_even[state] = total[before[0, state]]
+                by_odd[state] = total[before[1, state]]
+            even_first, odd_first, even_second, odd_second = cost[0], cost[1], cost[2], cost[3]
+            for state in range(states):
+                one = by_even[state] + (even_second if of_second[state] else even_first)
+                two = by_odd[state] + (odd_second if of_second[state] else odd_first)
+                odd[step, state] = two < one
+                total[state] = min(one, two)
+        state = int(np.argmin(total))
+        for step in range(length - 1, -1, -1):
+            parity = int(odd[step, state])
+            state = before[parity, state]
             number = step * paths + path
-            if number < count:
-                symbols[number] = choices[step, 2 * (last & 1) + (NEXT[1, last] == state)]
-                second[number] = (last & 1) == 1
-            state = last
+            symbols[number] = choices[step, 2 * (state & 1) + parity]
+            second[number] = (state & 1) == 1
 
 
 @cache

@@ -27,7 +27,9 @@ def best_symbols(
     tables = layout.tables[layout.alone :]
     sizes, second = np.empty(len(tables), np.int32), np.empty(len(tables), np.bool_)
     shift = TABLES - frequencies.first_dependent
+    trellis = frequencies.trellis
+    paths = trellis.paths_for(len(tables))
     compiled().cheapest_paths(
-        np.abs(scaled), slope, tables, frequencies.size_bits, shift, layout.paths, sizes, second
+        np.abs(scaled), slope, tables, frequencies.size_bits, shift, trellis.before, paths, sizes, second
     )
     return np.copysign(sizes, scaled).astype(np.int16), second

@@ -37,7 +37,7 @@ from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import WeightsError
 
 FORMAT = "ucray-weights"
-VERSIONS = (1, 2, 3, 4)
+VERSIONS = (1, 2, 3, 4, 5)
 """Of the format, which is the last part of the key that FORMAT begins, and the zarr codec's: FORMAT.md."""
 
 DECODER_PARTS = ("stream", "student")
@@ -118,7 +118,11 @@ class Weights:
             interlaced=config.interlaced,
         )
         tables = ("reach", "frequencies", "code_frequencies")
-        return StreamModel(context, FrequencyTables(**{name: arrays[name] for name in tables}))  # type: ignore[arg-type]
+        frequencies = FrequencyTables(
+            **{name: arrays[name] for name in tables},  # type: ignore[arg-type]
+            states=config.trellis_states,
+        )
+        return StreamModel(context, frequencies)
 
     @cached_property
     def reference(self) -> Reference:

@@ -61,6 +61,7 @@ def to_weights(
             reach=np.array([(len(w) - 2) // 2 for w in logistic], dtype=np.int16),
             frequencies=np.concatenate([to_frequencies(w) for w in logistic]),
             code_frequencies=_rows(np.ones((config.code_stages, config.codes))),
+            states=config.trellis_states,
         ),
     )
     # Paths are chosen by the frequencies: what is counted with the logistic's says where to count again.
@@ -73,7 +74,10 @@ def to_weights(
             for count, prior in zip(counts.by_table(), logistic, strict=True)
         ]
         frequencies = FrequencyTables(
-            stream.frequencies.reach, np.concatenate(counted), _rows(counts.codes + 1.0)
+            stream.frequencies.reach,
+            np.concatenate(counted),
+            _rows(counts.codes + 1.0),
+            config.trellis_states,
         )
         stream = StreamModel(stream.context, frequencies)
     tensors = stream_tensors(stream) | counts.reference(coder.analysis.lapped)

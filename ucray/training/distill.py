@@ -278,7 +278,9 @@ class Trainer:
 def _lasting(config: CodecConfig, settings: TrainingConfig) -> CodecConfig:
     """What training cannot change: decoders start anew, trellis and order are new with new counts."""
     lasting = replace(config, teacher=None, student=None, teacher_filter=None, student_filter=None)
-    return lasting if settings.keep_stream else replace(lasting, first_dependent=None, interlaced=False)
+    if settings.keep_stream:
+        return lasting
+    return replace(lasting, first_dependent=None, interlaced=False, trellis_states=8)
 
 
 def _start_like(decoder: LinearSynthesis, stored: LinearSynthesis) -> None:
