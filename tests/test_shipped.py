@@ -97,6 +97,8 @@ def test_the_second_codes_as_the_first_and_decodes_better() -> None:
         # Interlaced is what coarse qualities say most of.
         ("em-fib-v4", "em-fib-v6", (20, 60)),
         ("em-fib-v5", "em-fib-v7", (20, 60)),
+        ("em-fib-v6", "em-fib-v8", (60, 136, 200)),
+        ("em-fib-v7", "em-fib-v9", (60, 136, 200)),
     ],
 )
 def test_error_and_bytes_together_are_less_than_with_the_weights_before(

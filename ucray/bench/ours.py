@@ -34,6 +34,9 @@ SEARCHED = 16
 
 PROCESSES = os.cpu_count() or 1
 
+WARMING = 128
+"""The quality of a chunk that is coded before anything is timed."""
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -147,6 +150,10 @@ class _Worker:
         """Begin a process, which has one core to itself."""
         keep_freed_memory()
         cls.mine = cls(volume, Weights.from_bytes(weights), chunk)
+        # Much is loaded and compiled by the first chunk alone.
+        first = cls.mine._encoder.encode(volume[tuple(slice(0, n) for n in chunk.shape)], WARMING).data
+        for decoder in cls.mine._decoders.values():
+            decoder.decode_many([first] if first else [])
         ready.wait()
 
     @staticmethod
