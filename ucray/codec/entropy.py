@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ucray.codec.context import TABLES, Codes, Tables
 from ucray.codec.frequencies import FrequencyTables, Symbols
-from ucray.codec.kernels import UNUSED, Kernels, compiled, compiled_where_worth_it
+from ucray.codec.kernels import EXHAUSTED, Kernels, compiled, compiled_where_worth_it
 from ucray.codec.trellis import Layout, points_of
 from ucray.errors import ChunkError
 
@@ -115,17 +115,17 @@ class SymbolReader:
         tables, trellis = layout.tables[layout.alone :].tolist(), self._frequencies.trellis
         paths, following = trellis.paths_for(len(tables)), trellis.following.tolist()
         symbols, quantisers, states = [], [], [0] * paths
-        for start in range(0, len(tables), paths):
-            for path, table in enumerate(tables[start : start + paths]):
-                state = states[path]
-                quantiser = state & 1
-                model, reach = kinds[quantiser][table]
-                symbol = decode(model) - reach
-                if symbol > reach:
-                    symbol = self._next_escape()
-                symbols.append(symbol)
-                quantisers.append(quantiser)
-                states[path] = following[symbol & 1][state]
+        for number, table in enumerate(tables):
+            path = number % paths
+            state = states[path]
+            quantiser = state & 1
+            model, reach = kinds[quantiser][table]
+            symbol = decode(model) - reach
+            if symbol > reach:
+                symbol = self._next_escape()
+            symbols.append(symbol)
+            quantisers.append(quantiser)
+            states[path] = following[symbol & 1][state]
         return symbols, quantisers
 
     def _pull(
@@ -152,7 +152,7 @@ class SymbolReader:
             symbols,
             second,
         )
-        if left == UNUSED:
+        if left == EXHAUSTED:
             raise ChunkError("the coded symbols do not fill the chunk exactly")
         self._coder = constriction.stream.stack.AnsCoder(words[:left])
 

@@ -21,7 +21,7 @@ Whole = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
-UNUSED = -1
+EXHAUSTED = -1
 """What `pull` gives for words left where the escapes do not suffice."""
 
 WORTH_LOADING = 2_000_000
@@ -68,7 +68,7 @@ def pull(
     symbols: Whole,
     second: npt.NDArray[np.bool_],
 ) -> tuple[int, int]:
-    """Read the symbols of one pass: words left, or UNUSED, and escapes taken.
+    """Read the symbols of one pass: words left, or EXHAUSTED, and escapes taken.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def pull(
         symbol = low - start - reach
         if symbol > reach:
             if taken == len(escapes):
-                return UNUSED, taken
+                return EXHAUSTED, taken
             symbol = np.int64(escapes[taken])
             taken += 1
         symbols[number] = symbol
