@@ -23,6 +23,7 @@ import ucray
 from ucray.cli import app
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.conditioning import QualityAffine
+from ucray.codec.convolution import Convolution
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.linear import LinearSynthesis
@@ -274,3 +275,18 @@ def test_sizes_that_are_none_are_refused(text: str) -> None:
         FilterConfig.parse(text)
     result = CliRunner().invoke(app, ["train", "S", "W", "--student-filter", text])
     assert isinstance(result.exception, SettingsError)
+
+
+def test_what_is_kept_of_a_quality_is_dropped_when_learning_goes_on() -> None:
+    torch.manual_seed(3)
+    convolution, affine = Convolution(2, 3, 1), QualityAffine(3)
+    x, quality = torch.randn(1, 2, 4, 4, 4), torch.tensor([100.0])
+    for change in (0.0, 0.5):
+        affine.train()
+        with torch.no_grad():
+            affine.scale.add_(change)
+            wanted = affine(convolution(x), quality)
+        affine.eval()
+        with torch.inference_mode():
+            for _ in range(2):
+                torch.testing.assert_close(affine.behind(convolution, x, quality), wanted)

@@ -38,7 +38,7 @@ def encode(
     first_dependent
         The first table whose symbols lie on paths.
     """
-    intervals, starts = frequencies.intervals, frequencies.interval_starts
+    intervals = frequencies.intervals
     planes = [] if codes is None else zip(frequencies.code_intervals, codes, strict=True)
     lefts, widths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for ends, plane in planes:
@@ -51,9 +51,9 @@ def encode(
         order = Layout.of(own.astype(np.uint8), first_dependent).order
         values, used = symbols[order].astype(np.int32), tables[order]
         reach = frequencies.reach.astype(np.int32)[used]
-        escaped = np.abs(values) > reach
-        escapes.append(values[escaped])
-        places = starts[used] + np.where(escaped, 2 * reach + 1, values + reach)
+        escapes.append(values[np.abs(values) > reach])
+        # Each table has one end more than letters.
+        places = frequencies.letters_of(used, values) + used
         lefts.append(intervals[places])
         widths.append(intervals[places + 1] - intervals[places])
     return compiled().push(np.concatenate(lefts), np.concatenate(widths)), np.concatenate(escapes)
