@@ -78,8 +78,9 @@ def test_decoding_is_what_training_saw(
     quality = QUALITIES - 1
     with torch.no_grad():
         asked = torch.tensor([float(quality)])
-        stream = frozen_stream(coder, torch.from_numpy(values)[None, None], asked)
-        expected = stored_synthesis(tiny_weights, part)(stream.y_hat, stream.prior, asked)[0, 0].numpy()
+        decoder = stored_synthesis(tiny_weights, part)
+        stream = frozen_stream(coder, decoder, torch.from_numpy(values)[None, None], asked)
+        expected = decoder(stream.y_hat, stream.prior, asked)[0, 0].numpy()
 
     chunk = replace(chunk_format("float32"), offset=0.0, scale=1.0)
     data = encoder_of(tiny_weights, chunk).encode(values, quality).data

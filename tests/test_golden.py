@@ -17,6 +17,7 @@ import torch
 import zarr
 
 import ucray
+from ucray.codec import postfilter
 from ucray.codec.bitstream import BoundedBody, Kind, NeuralBody, read_chunk
 from ucray.codec.decoder import ChunkDecoder
 from ucray.grid import triple
@@ -54,6 +55,9 @@ DIFFERENT_SHARE = 1e-3
 
 LARGEST_IN_BF16 = 2
 """Grey levels."""
+
+DIFFERENT_IN_BF16 = 0.1
+"""Share of voxels behind a post-filter in bfloat16."""
 
 
 def place_of(name: str) -> Path:
@@ -114,7 +118,10 @@ def test_latents_are_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(LATENTS))
-def test_voxels_of_networks_are_the_same_but_for_rounding(name: str, threads: int) -> None:
+def test_voxels_of_networks_are_the_same_but_for_rounding(
+    name: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postfilter, "fast_in_bfloat16", lambda: False)
     difference = np.abs(decoded(name).astype(int) - voxels_of(name))
     assert difference.max() <= LARGEST_DIFFERENCE
     assert (difference > 0).mean() <= DIFFERENT_SHARE
@@ -131,6 +138,18 @@ def test_networks_in_bfloat16_stay_within_what_is_stated(name: str, monkeypatch:
         fewer = np.stack(decoder.decode_many(chunks)).astype(int)
     difference = np.abs(fewer - np.stack(decoder.decode_many(chunks)))
     assert difference.max() <= (LARGEST_IN_BF16 if archive.codec.weights.config.student else 0)
+
+
+@pytest.mark.parametrize("name", sorted(LATENTS))
+def test_filters_in_bfloat16_stay_within_what_is_stated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not postfilter.fast_in_bfloat16():
+        # oneDNN has bfloat16 on few processors, PyTorch itself on all.
+        monkeypatch.setattr("ucray.codec.convolution._ONE_DNN", False)
+        monkeypatch.setattr(postfilter, "fast_in_bfloat16", lambda: True)
+    difference = np.abs(decoded(name).astype(int) - voxels_of(name))
+    assert difference.max() <= LARGEST_DIFFERENCE
+    filtered = open_archive(str(place_of(name)), None).codec.weights.config.student_filter is not None
+    assert (difference > 0).mean() <= (DIFFERENT_IN_BF16 if filtered else DIFFERENT_SHARE)
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
+from ucray.codec.network import stored_synthesis
 from ucray.codec.passes import CHECKERBOARD, INTERLACED
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig
@@ -92,7 +93,7 @@ def test_weights_of_an_older_order_learn_the_new_one(
     assert made.config.interlaced
 
     def bits_a_cell(weights: Weights, chosen: slice) -> float:
-        coder = Coder(weights.config)
+        coder, decoder = Coder(weights.config), stored_synthesis(weights, "student")
         load_coder(weights, coder)
         passes, networks = coder.prior.passes, coder.prior.networks
         bits = [0.0]
@@ -100,7 +101,7 @@ def test_weights_of_an_older_order_learn_the_new_one(
         for count in range(1, len(INTERLACED)):
             coder.prior.passes, coder.prior.networks = passes[:count], networks[:count]
             with torch.no_grad():
-                bits.append(float(frozen_stream(coder, tiles, quality).bits.sum()))
+                bits.append(float(frozen_stream(coder, decoder, tiles, quality).bits.sum()))
         cells = sum(int(part.colour.cells((8, 8, 8)).sum()) for part in passes[chosen])
         return float(bits[chosen.stop] - bits[chosen.start]) / cells
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import ucray
 from ucray.cli import app
+from ucray.codec import postfilter
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.convolution import Convolution
@@ -42,6 +43,12 @@ from ucray.zarr_codec import UcrayCodec
 
 SIZES = FilterConfig(width=8, layers=3)
 CHUNK = (32, 32, 32)
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here may depend on whether the processor has units for bfloat16."""
+    monkeypatch.setattr(postfilter, "fast_in_bfloat16", lambda: False)
 
 
 def stirred(module: torch.nn.Module) -> None:
@@ -96,6 +103,26 @@ def test_one_chunk_is_filtered_as_among_others() -> None:
     assert (network(x, quality.flip(0)) - both).abs().max() > 0.01
 
 
+def test_in_bfloat16_it_says_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a single chunk, without gradients, on a processor that is fast at it."""
+    network = PostFilter(TINY, SIZES)
+    stirred(network)
+    x = torch.from_numpy(smooth_volume_of(CHUNK, 1))[None, None]
+    quality = torch.tensor([77.0])
+    learning = network(x, quality).detach()
+    with torch.no_grad():
+        change = network(x, quality) - x
+        monkeypatch.setattr(postfilter, "fast_in_bfloat16", lambda: True)
+        # oneDNN has bfloat16 on few processors, PyTorch itself on all.
+        monkeypatch.setattr("ucray.codec.convolution._ONE_DNN", False)
+        fewer = network(x, quality)
+    assert fewer.dtype == torch.float32
+    difference = (fewer - x - change).abs().max()
+    # Eight bits of each of five layers' features.
+    assert 0.0 < difference < 5 * 2.0**-8 * change.abs().max()
+    torch.testing.assert_close(network(x, quality).detach(), learning, rtol=0, atol=1e-6)
+
+
 def test_a_version_that_is_not_that_of_its_contents_is_refused(filtered_weights: Weights) -> None:
     header = {"config": filtered_weights.config.to_json(), "training": {}}
     data = bytes(save(dict(filtered_weights.tensors), metadata={f"{FORMAT}-1": json.dumps(header)}))
@@ -146,7 +173,7 @@ def test_a_decoder_filters_what_it_decodes(
     network = plain.postfilter
     plain.postfilter = None
     unfiltered = ChunkDecoder(filtered_weights, chunk, part=part)
-    unfiltered.__dict__["_synthesis"] = plain
+    unfiltered.__dict__["synthesis"] = plain
     before = torch.from_numpy(unfiltered.decode(packed.data).astype(np.float32))[None, None]
     assert network is not None
     with torch.no_grad():
@@ -210,7 +237,7 @@ def _error(trainer: Trainer, batches: list[Tensor]) -> float:
     total = 0.0
     for x in batches:
         quality = torch.full((len(x),), 60.0)
-        stream = frozen_stream(trainer.coder, x, quality)
+        stream = frozen_stream(trainer.coder, trainer.student, x, quality)
         total += float((trainer.student(stream.y_hat, stream.prior, quality) - x).square().mean())
     return total
 
@@ -244,6 +271,18 @@ def test_another_filter_takes_the_place_of_one_of_another_size(filtered_weights:
     teacher = trainer.teacher.state_dict()
     for name, array in filtered_weights.network("teacher").items():
         np.testing.assert_array_equal(teacher[name].numpy(), array, err_msg=name)
+
+
+def test_a_filter_that_is_as_large_as_the_teachers_starts_as_it(filtered_weights: Weights) -> None:
+    teachers = filtered_weights.config.teacher_filter
+    assert teachers != filtered_weights.config.student_filter
+    config = replace(filtered_weights.config, student_filter=teachers)
+    trainer = Trainer(config, TrainingConfig(teacher_steps=0, student_steps=1), start=filtered_weights)
+    state = trainer.student.state_dict()
+    for part, filtering in (("teacher", True), ("student", False)):
+        for name, array in filtered_weights.network(part).items():
+            if name.startswith("postfilter.") == filtering:
+                np.testing.assert_array_equal(state[name].numpy(), array, err_msg=name)
 
 
 def test_without_takes_out_one_thing_alone(filtered_weights: Weights) -> None:

@@ -82,7 +82,7 @@ def test_a_linear_student_decodes_as_one_whose_networks_say_nothing(
     networks: Networks, batches: list[Tensor]
 ) -> None:
     quality = torch.tensor([30.0, 200.0])
-    stream = frozen_stream(networks.coder, batches[0], quality)
+    stream = frozen_stream(networks.coder, networks.student, batches[0], quality)
     linear = without(networks, "student", "student").student
     with torch.no_grad():
         expected = networks.student(stream.y_hat, stream.prior, quality)
@@ -105,7 +105,8 @@ def test_codes_that_are_always_the_same_become_biases(
     quality = torch.linspace(0, QUALITIES - 1, 2)
     with torch.no_grad():
         for x in batches:
-            before, after = frozen_stream(always, x, quality), frozen_stream(made.coder, x, quality)
+            before = frozen_stream(always, found.student, x, quality)
+            after = frozen_stream(made.coder, made.student, x, quality)
             torch.testing.assert_close(
                 before.prior, vector[None, :, None, None, None].expand(before.prior.shape)
             )

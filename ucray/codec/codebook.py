@@ -110,6 +110,14 @@ def quantise_codes(entries: Tensor, z: Tensor) -> Tensor:
     return flat.reshape(*vectors.shape[:4], len(entries)).permute(0, 4, 1, 2, 3)
 
 
+def vectors_of(entries: Tensor, codes: Tensor) -> Tensor:
+    """What codes (batch, stages, z, y, x) stand for: sums of entries, (batch, width, z, y, x)."""
+    total = entries.new_zeros(*codes.shape[:1], *codes.shape[2:], entries.shape[2])
+    for book, code in zip(entries, codes.unbind(1), strict=True):
+        total = total + book[code]
+    return total.permute(0, 4, 1, 2, 3)
+
+
 def _quantise(entries: Tensor, vectors: Tensor) -> Tensor:
     codes = []
     for book in entries:

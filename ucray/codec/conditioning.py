@@ -33,7 +33,7 @@ class QualityAffine(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.zeros(KNOTS, width))
         self.shift = nn.Parameter(torch.zeros(KNOTS, width))
-        self._kept: dict[float, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[float, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def train(self, mode: bool = True) -> Self:
         """As of every module; what was kept while nothing was learned is dropped."""
@@ -44,17 +44,17 @@ class QualityAffine(nn.Module):
         """Convolved features, scaled and shifted: of a single chunk within the convolution's weights."""
         if len(x) > 1 or torch.is_grad_enabled():
             return torch.as_tensor(self(convolution(x), quality))
-        return convolution.with_weights(x, *self._folded(convolution, quality))
+        return convolution.with_weights(x, *self._folded(convolution, quality, x.dtype))
 
-    def _folded(self, convolution: Convolution, quality: Tensor) -> tuple[Tensor, Tensor]:
+    def _folded(self, convolution: Convolution, quality: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weight and bias of a convolution, scaled and shifted; kept where nothing is learned any more."""
         assert convolution.bias is not None
-        key = float(quality)
+        key = float(quality), dtype
         if key in self._kept:
             return self._kept[key]
         scale = 1.0 + at_quality(self.scale, quality)[0]
         bias = convolution.bias * scale + at_quality(self.shift, quality)[0]
-        folded = convolution.weight * scale[:, None, None, None, None], bias
+        folded = (convolution.weight * scale[:, None, None, None, None]).to(dtype), bias.to(dtype)
         if not self.training:
             self._kept[key] = folded
         return folded

@@ -135,7 +135,7 @@ class ChunkDecoder:
         return voxels
 
     @cached_property
-    def _synthesis(self) -> LinearSynthesis:
+    def synthesis(self) -> LinearSynthesis:
         """The network, loaded when the first chunk needs it: bounded archives hold none."""
         return ready(stored_synthesis(self._weights, self._part), self._device)
 
@@ -154,7 +154,7 @@ class ChunkDecoder:
         with torch.inference_mode():
             latents = torch.from_numpy(y_hat).to(self._device).permute(0, 4, 1, 2, 3)
             side = torch.from_numpy(prior.astype(np.float32)).to(self._device).permute(0, 4, 1, 2, 3)
-            x_hat = self._synthesis(latents, side, quality)
+            x_hat = self.synthesis(latents, side, quality)
             values = (x_hat[:, 0] * self.format.scale + self.format.offset).cpu().numpy()
         return [_to_dtype(one, self.format.dtype) for one in values[:wanted]]
 

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 from numcodecs import zstd
 
+from ucray.codec.anticipation import anticipated
 from ucray.codec.bitstream import BoundedBody, Chunk, Kind, NeuralBody, write_chunk
 from ucray.codec.chunk import ChunkFormat, Voxels
-from ucray.codec.codebook import quantise_codes
+from ucray.codec.codebook import quantise_codes, vectors_of
 from ucray.codec.context import FEATURE_UNITS, LARGEST_LATENT, Codes
 from ucray.codec.decoder import ChunkDecoder, batches, channels_last, ready
 from ucray.codec.fill import fill_mask, keep_off_fill, pack_mask
@@ -135,9 +136,20 @@ class ChunkEncoder:
             x = inpaint(torch.from_numpy(values).to(self._device), mask.to(self._device))
             qualities = torch.tensor([float(quality) for _, quality in full], device=self._device)
             y, z = self._analysis(channels_last(x), qualities)
-            codes = quantise_codes(self._codebook, z).to(torch.uint8).cpu().numpy()
+            chosen = quantise_codes(self._codebook, z)
+            if self._reference is None:
+                y = self._anticipated(y, chosen, qualities)
+            codes = chosen.to(torch.uint8).cpu().numpy()
         values = y.permute(0, 2, 3, 4, 1).cpu().numpy() / self.stream.context.unit
         return [Latents(*found) for found in list(zip(codes, values, strict=True))[:wanted]]
+
+    def _anticipated(self, y: torch.Tensor, codes: torch.Tensor, qualities: torch.Tensor) -> torch.Tensor:
+        """Latents to round, where they are decoded by a network that filters."""
+        unit = self.stream.context.unit
+        step = np.stack([self.stream.rounding_step(int(quality)) * unit for quality in qualities])
+        prior = vectors_of(self._codebook, codes)
+        moved = torch.from_numpy(step).to(y)
+        return anticipated(y, prior, qualities, moved, self._analysis, self.decoder.synthesis)
 
     def drafts(
         self,

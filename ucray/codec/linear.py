@@ -114,15 +114,18 @@ class LinearSynthesis(LinearTransform):
         quality
             Qualities (batch,) from 0 to QUALITIES - 1: how coarsely y_hat was rounded.
         """
+        return self.filtered(self.unfiltered(y_hat, prior, quality), quality)
+
+    def unfiltered(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
+        """Chunks before the post-filter, from the same."""
         with in_float32(y_hat):
-            x_hat = torch.as_tensor(self.lapped(self.unlapped(y_hat, quality)))
-        return self.filtered(x_hat, quality)
+            return torch.as_tensor(self.lapped(self.unlapped(y_hat, quality)))
 
     def filtered(self, x_hat: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x) behind the post-filter, where it is worth its time."""
         if self.postfilter is None:
             return x_hat
-        used = quality <= self.postfilter.finest
+        used = self.is_filtered(quality)
         # Where it learns, every parameter has a gradient, be it zero.
         if not self.training and not bool(used.any()):
             return x_hat
@@ -130,6 +133,10 @@ class LinearSynthesis(LinearTransform):
         if not self.training and bool(used.all()):
             return better
         return torch.where(used[:, None, None, None, None], better, x_hat)
+
+    def is_filtered(self, quality: Tensor) -> Tensor:
+        """Where the post-filter is worth its time: bool (batch,)."""
+        return quality <= (-1 if self.postfilter is None else self.postfilter.finest)
 
     def unlapped(self, y_hat: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x) before lapping is undone."""

@@ -128,9 +128,9 @@ class Synthesis(LinearSynthesis):
         self.register_buffer("latent_scale", torch.ones(config.latents))
         self.register_buffer("coordinates", cell_coordinates(self.cell), persistent=False)
 
-    def forward(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
-        """Chunks (batch, 1, z, y, x), from the same as the linear part, and from the prior."""
-        return self.decode(y_hat, self.features(y_hat, prior, quality), quality)
+    def unfiltered(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
+        """Chunks before the post-filter, from the same as the linear part, and from the prior."""
+        return self._decoded(y_hat, self.features(y_hat, prior, quality), quality)
 
     def features(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
         """Features (batch, grid_width, ...) on the wavelet grid; what distillation compares."""
@@ -145,13 +145,15 @@ class Synthesis(LinearSynthesis):
 
     def decode(self, y_hat: Tensor, features: Tensor, quality: Tensor) -> Tensor:
         """Chunks from latents (the linear part) and features (its correction)."""
+        return self.filtered(self._decoded(y_hat, features, quality), quality)
+
+    def _decoded(self, y_hat: Tensor, features: Tensor, quality: Tensor) -> Tensor:
         cells = features.permute(0, 2, 3, 4, 1).contiguous()
         detail = self.inr(functional.linear(cells, *_pointwise(self.feature)), self.coordinates).float()
         with in_float32(features):
             subbands = self.correct(features.float()) * _channels(self.subband_scale)
             correction = self.wavelet.inverse(subbands) + cells_to_volume(detail, self.cell)
-            x_hat = torch.as_tensor(self.lapped(self.unlapped(y_hat, quality) + correction))
-        return self.filtered(x_hat, quality)
+            return torch.as_tensor(self.lapped(self.unlapped(y_hat, quality) + correction))
 
 
 def _zero(layer: Convolution) -> None:

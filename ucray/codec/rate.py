@@ -13,6 +13,9 @@ SLOPE = 0.1155
 It is the encoder's choice alone; a decoder does not know it.
 """
 
+LONG_PATH_SHARE = 0.85
+"""Of SLOPE, where paths go through many states: they find bits that are worth more (EXPERIMENTS.md)."""
+
 COARSEST_LAMBDA = 24.0
 FINEST_LAMBDA = 0.003
 """Weights of a bit per voxel against squared error, in variances of the volume, at both ends of quality."""

@@ -15,7 +15,7 @@ from ucray.codec import entropy
 from ucray.codec.context import TABLES, Codes, ContextModel, Tables, Walk
 from ucray.codec.entropy import SymbolReader
 from ucray.codec.frequencies import SILENT, FrequencyTables
-from ucray.codec.rate import LARGEST_THRESHOLD, SLOPE
+from ucray.codec.rate import LARGEST_THRESHOLD, LONG_PATH_SHARE, SLOPE
 from ucray.codec.trellis import SPACING, WIDENING, Layout, points_of
 from ucray.codec.viterbi import best_symbols
 from ucray.errors import ChunkError
@@ -139,10 +139,21 @@ class StreamModel:
     def _dependent(self) -> bool:
         return self.frequencies.first_dependent < TABLES
 
+    def rounding_step(self, quality: int) -> npt.NDArray[np.float32]:
+        """Step (latents,), in units of them, of the rounding one by one that errs about as much."""
+        step: npt.NDArray[np.float32] = self.context.step[quality] * np.float32(self._rounding)
+        return step
+
+    @property
+    def _rounding(self) -> float:
+        """Quantisation steps in that step."""
+        return SPACING / WIDENING if self._dependent else 1.0
+
     @property
     def _slope(self) -> float:
         """Squared error, in squared quantisation steps, that a bit is worth."""
-        return SLOPE * (SPACING / WIDENING) ** 2 if self._dependent else SLOPE
+        share = LONG_PATH_SHARE if self._dependent and self.frequencies.trellis.one_path else 1.0
+        return share * SLOPE * self._rounding**2
 
     def _last_pass(self, walk: Walk, latents: npt.NDArray[np.float32], step: npt.NDArray[np.int32]) -> int:
         """How many passes hold all latents of SMALLEST or more: no later one is worth a look."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ucray.codec.anticipation import anticipated
 from ucray.codec.codebook import quantise_codes
 from ucray.codec.context import FEATURE_UNITS, TABLES
 from ucray.codec.frequencies import FrequencyTables, logistic_weights, to_frequencies
@@ -68,7 +69,7 @@ def to_weights(
     for some in [batches] if config.first_dependent is None else [batches[::FIRST_COUNT], batches]:
         # Chunks are quantised one after the other: as when they are coded, threads would wait for each other.
         with one_thread(torch.device("cpu")):
-            counts = _count(config, coder, stream, some)
+            counts = _count(config, coder, student, stream, some)
         counted = [
             to_frequencies(count + prior / prior.sum() * PRIOR_COUNT)
             for count, prior in zip(counts.by_table(), logistic, strict=True)
@@ -142,7 +143,13 @@ class _Counts:
         }
 
 
-def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Sequence[Tensor]) -> _Counts:
+def _count(
+    config: CodecConfig,
+    coder: Coder,
+    student: LinearSynthesis,
+    draft: StreamModel,
+    batches: Sequence[Tensor],
+) -> _Counts:
     """Count over batches."""
     reach = draft.frequencies.reach.astype(np.int64)
     counts = _Counts(config, reach)
@@ -151,8 +158,11 @@ def _count(config: CodecConfig, coder: Coder, draft: StreamModel, batches: Seque
             lapped = coder.analysis.lapped(batch)[:, 0].cpu().numpy()
         for quality in CALIBRATION_QUALITIES:
             with torch.no_grad(), in_fewer_bits(batch):
-                y, z = coder.analysis(batch, torch.full((len(batch),), float(quality)).to(batch))
+                qualities = torch.full((len(batch),), float(quality)).to(batch)
+                y, z = coder.analysis(batch, qualities)
                 codes = quantise_codes(coder.codebook.entries, z).to(torch.uint8).cpu().numpy()
+                step = torch.exp2(-coder.prior.gain_at(qualities))
+                y = anticipated(y, coder.coded(z)[1], qualities, step, coder.analysis, student)
             latents = y.permute(0, 2, 3, 4, 1).cpu().numpy() / draft.context.unit
             for values, one_codes, chunk in zip(latents, codes, lapped, strict=True):
                 for stage, row in enumerate(one_codes):

@@ -111,7 +111,9 @@ class Trainer:
             self._missing = load_coder(start, self.coder)
             for part, decoder in (("teacher", self.teacher), ("student", self.student)):
                 _start_scales(decoder, self.coder.analysis, stored_synthesis(start, "teacher"))
-                _start_like(decoder, stored_synthesis(start, part))
+                # A student that is now as large as its teacher starts as it.
+                for stored in ("teacher", part):
+                    _start_like(decoder, stored_synthesis(start, stored))
         for module in (self.coder, self.teacher, self._distillation):
             module.to(self.device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self._generator = torch.Generator(self.device).manual_seed(settings.seed * 4096 + rank)

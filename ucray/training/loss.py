@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ucray.codec.anticipation import anticipated
 from ucray.codec.codebook import ResidualCodebook, quantise_codes
 from ucray.codec.linear import LinearSynthesis
 from ucray.codec.network import Synthesis, analysis_of
+from ucray.codec.postfilter import fast_in_bfloat16
 from ucray.codec.prior import ContextPrior, lambda_of
 from ucray.config import QUALITIES, CodecConfig
 
@@ -108,7 +110,7 @@ class RateDistortion(nn.Module):
             stream = self.coder(x, quality, generator)
         else:
             with torch.no_grad():
-                stream = frozen_stream(*self._kept, x, quality)
+                stream = frozen_stream(*self._kept, self.student, x, quality)
         with in_fewer_bits(x):
             taught = self.teacher(stream.y_hat, stream.prior, quality)
             learnt = self.student(stream.y_hat, stream.prior, quality)
@@ -150,7 +152,7 @@ class Distillation(nn.Module):
         """Loss, and figures to log: mse of the student and of the teacher (normalised)."""
         coder, teacher = self._frozen
         with torch.no_grad():
-            stream = frozen_stream(coder, x, quality)
+            stream = frozen_stream(coder, self.student, x, quality)
         with torch.no_grad(), in_fewer_bits(x):
             target, taught = _decoded(teacher, stream, quality)
         mimic = x.new_zeros(())
@@ -179,11 +181,13 @@ def _difference(found: Tensor, wanted: Tensor) -> Tensor:
     return functional.mse_loss(found, wanted) / wanted.square().mean().clamp_min(1e-6)
 
 
-def frozen_stream(coder: Coder, x: Tensor, quality: Tensor) -> Stream:
-    """The stream as it will be coded: the encoder's rounding, true codes, no noise, no learning."""
+def frozen_stream(coder: Coder, decoder: LinearSynthesis, x: Tensor, quality: Tensor) -> Stream:
+    """The stream as it will be coded for a decoder: the encoder's rounding, true codes, no noise."""
     with in_fewer_bits(x):
         y, z = coder.analysis(x, quality)
-    codes, side = coder.coded(z)
+        codes, side = coder.coded(z)
+        step = torch.exp2(-coder.prior.gain_at(quality))
+        y = anticipated(y, side, quality, step, coder.analysis, decoder)
     coded = coder.prior(y, side, quality)
     return Stream(coded.y_hat, codes, side, coded.bits, torch.zeros(()))
 
@@ -197,5 +201,5 @@ def draw_quality(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def in_fewer_bits(x: Tensor) -> AbstractContextManager[None]:
-    """Networks in bfloat16 on a GPU, whose matrix units are made for it; a CPU stays with float32."""
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
+    """Networks in bfloat16 where there are units made for it: on a GPU, and on some processors."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda or fast_in_bfloat16())

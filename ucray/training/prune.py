@@ -125,7 +125,8 @@ class _Measured:
         counts = torch.zeros(config.code_stages, config.codes)
         with torch.no_grad():
             streams = [
-                [frozen_stream(found.coder, x, _qualities(x, quality)) for x in batches] for quality in TRIED
+                [frozen_stream(found.coder, found.student, x, _qualities(x, quality)) for x in batches]
+                for quality in TRIED
             ]
         for stream in (one for row in streams for one in row):
             for count, codes in zip(counts, stream.codes.unbind(1), strict=True):
