@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ucray.codec.linear import LinearAnalysis, LinearSynthesis, in_float32
 
-SHARE = 0.5
+SHARE = 0.55
 """Of what the filter adds to a roughly coded chunk, what is taken off."""
 
-DEAD_ZONE = 0.75
+DEAD_ZONE = 0.9
 """Latents below so many steps are zero in the rough rounding: paths send few of them."""
 
 

@@ -12,9 +12,10 @@ SUFFIX = ".safetensors"
 
 
 def shipped_names() -> tuple[str, ...]:
-    """Names of all shipped weights."""
+    """Names of all shipped weights, the newest last."""
     folder = resources.files("ucray") / "weights"
-    return tuple(sorted(p.name.removesuffix(SUFFIX) for p in folder.iterdir() if p.name.endswith(SUFFIX)))
+    names = (p.name.removesuffix(SUFFIX) for p in folder.iterdir() if p.name.endswith(SUFFIX))
+    return tuple(sorted(names, key=lambda name: int(name.rpartition("v")[2])))
 
 
 @cache

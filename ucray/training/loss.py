@@ -124,7 +124,7 @@ class RateDistortion(nn.Module):
 
 
 class Distillation(nn.Module):
-    """Stage 2: loss of a batch, over the student alone; without the teacher's share if not `taught`."""
+    """Stage 2: loss of a batch, over the student alone; the teacher says nothing if not `taught`."""
 
     def __init__(
         self,
@@ -137,11 +137,10 @@ class Distillation(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self._output_weight = OUTPUT_WEIGHT if taught else 0.0
-        self._feature_weight = FEATURE_WEIGHT if taught else 0.0
+        self._taught = taught
         self.project: nn.Module | None = None
         # What is linear has no features to compare.
-        if config.student is not None and config.teacher is not None:
+        if taught and config.student is not None and config.teacher is not None:
             self.project = nn.Conv3d(config.student.grid_width, config.teacher.grid_width, 1)
         # Frozen parts are kept out of the module tree: they have no gradient and no state to save.
         self._frozen = (coder, teacher)
@@ -149,23 +148,25 @@ class Distillation(nn.Module):
     def forward(
         self, x: Tensor, quality: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, and figures to log: mse of the student and of the teacher (normalised)."""
+        """Loss, and figures to log: mse of the student and of a teacher that is listened to (normalised)."""
         coder, teacher = self._frozen
         with torch.no_grad():
             stream = frozen_stream(coder, self.student, x, quality)
-        with torch.no_grad(), in_fewer_bits(x):
-            target, taught = _decoded(teacher, stream, quality)
-        mimic = x.new_zeros(())
         with in_fewer_bits(x):
             x_hat, learnt = _decoded(self.student, stream, quality)
-            if self.project is not None and taught is not None:
-                mimic = _difference(self.project(learnt).float(), taught.float())
-        data = (x_hat - x).square().mean(dim=(1, 2, 3, 4))
-        output = (x_hat - target).square().mean(dim=(1, 2, 3, 4))
-        weight = lambda_of(quality)
-        loss = ((data + self._output_weight * output) / weight**BALANCE).mean() + self._feature_weight * mimic
-        teacher_mse = (target - x).square().mean()
-        return loss, {"mse": data.mean().detach(), "teacher_mse": teacher_mse.detach()}
+        error = (x_hat - x).square().mean(dim=(1, 2, 3, 4))
+        figures = {"mse": error.mean().detach()}
+        mimic = x.new_zeros(())
+        if self._taught:
+            with torch.no_grad(), in_fewer_bits(x):
+                target, taught = _decoded(teacher, stream, quality)
+            figures["teacher_mse"] = (target - x).square().mean()
+            error = error + OUTPUT_WEIGHT * (x_hat - target).square().mean(dim=(1, 2, 3, 4))
+            if self.project is not None and taught is not None and learnt is not None:
+                with in_fewer_bits(x):
+                    projected = self.project(learnt)
+                mimic = _difference(projected.float(), taught.float())
+        return (error / lambda_of(quality) ** BALANCE).mean() + FEATURE_WEIGHT * mimic, figures
 
 
 def _decoded(network: LinearSynthesis, stream: Stream, quality: Tensor) -> tuple[Tensor, Tensor | None]:
