@@ -1,5 +1,5 @@
 #!/bin/sh
-# Trains weights like em-fib-v10: half an hour on two CPU cores with units for bfloat16 where nothing else runs. Takes the path or
+# Trains weights like em-fib-v10: an hour on two CPU cores with units for bfloat16 where nothing else runs. Takes the path or
 # URL of FIB-25 sample 1 as OME-Zarr (janelia-flyem/neuroproof_examples, CC BY), the file to write, and a folder for checkpoints,
 # from which a run that was cut off goes on. How em-fib-v1, which it starts from, was made is in its card. With sample 2 as
 # a fourth argument, weights like em-fib-v11 come out: they learn from both volumes.
@@ -11,12 +11,14 @@ set -eu
 # Without --keep-stream the first group is interlaced from here on, symbols come to lie on paths through 256 states, and are counted
 # anew. The student's filter is as large as the teacher's now, starts as it, and goes beyond it.
 if [ $# -lt 4 ]; then
-  ucray train "$1" "$2" --init "$2.filtered" --student-filter 16,6,192 --untaught --train-steps 0 --student-steps 5500 \
-    --learning-rate 1e-3 --seed 10 --storage "$3"
+  [ -e "$2.long" ] || ucray train "$1" "$2.long" --init "$2.filtered" --student-filter 16,6,192 --untaught --train-steps 0 \
+    --student-steps 5500 --learning-rate 1e-3 --seed 10 --storage "$3"
+  ucray train "$1" "$2" --init "$2.long" --student-filter 16,6,224 --untaught --train-steps 0 --student-steps 4000 \
+    --learning-rate 7e-4 --seed 12 --storage "$3"
 else
   # em-fib-v9, but for its filter.
   [ -e "$2.both" ] || ucray train "$1" "$2.both" --also "$4" --init "$2.filtered" --train-steps 500 --student-steps 150 \
     --learning-rate 1.5e-3 --storage "$3"
-  ucray train "$1" "$2" --also "$4" --init "$2.both" --student-filter 16,6,192 --untaught --train-steps 0 --student-steps 3500 \
-    --learning-rate 1e-3 --seed 11 --storage "$3"
+  ucray train "$1" "$2" --also "$4" --init "$2.both" --student-filter 16,6,224 --untaught --train-steps 0 --student-steps 3800 \
+    --learning-rate 1e-3 --seed 13 --storage "$3"
 fi

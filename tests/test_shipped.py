@@ -28,6 +28,8 @@ DIGESTS = {
     "em-fib-v6": "68e9528a32aced4b07a541904de41c3bd105c131e3f9432d478d35ce41caf322",
     "em-fib-v8": "22e554a67c774c93ef9ff7532b8b9924f8c78d887856e92ade6af8cb16ddacb2",
     "em-fib-v9": "bef5f83a059b8d76c731afdb17f17fa9582eb44e340a72e84a815aa9ab96f79f",
+    "em-fib-v10": "9760c8a12e38aa923be2f9ed639a09f59b3ccdc79e77de98d1dbf02a58365bf0",
+    "em-fib-v11": "db924d45a05ac8e64f83ee2c890006d6d6194a74d0285b292fe597fdb0cc40d7",
 }
 
 FORMAT = ChunkFormat((64, 64, 64), "uint8", 0.0, 128.0, 30.0)
@@ -54,7 +56,7 @@ def test_what_they_learnt_from_is_named_without_a_machine_s_paths(name: str) -> 
 
 
 def test_they_serve_isotropic_volumes_alone() -> None:
-    assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v9"
+    assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v11"
     assert shipped_for(config_for_voxels((50.0, 4.6, 4.6))) is None
 
 
@@ -62,8 +64,8 @@ def test_compress_takes_them_by_default_and_says_so(tmp_path: Path) -> None:
     source, archive = str(tmp_path / "em.zarr"), str(tmp_path / "em.ucray")
     ucray.synth(source, (64, 64, 128), seed=1)
     report = ucray.compress(source, archive, run_options=ucray.RunOptions(serial=True))
-    assert report.weights == "em-fib-v9"
-    assert ucray.info(archive)["weights_digest"] == DIGESTS["em-fib-v9"]
+    assert report.weights == "em-fib-v11"
+    assert ucray.info(archive)["weights_digest"] == DIGESTS["em-fib-v11"]
     found = ucray.verify(archive, source, serial=True)
     assert found.clean
     plan = CliRunner().invoke(app, ["compress", source, "DST", "--weights", "em-fib-v1", "--dry-run"])
@@ -93,6 +95,8 @@ def test_the_second_codes_as_the_first_and_decodes_better() -> None:
         # Interlaced is what coarse qualities say most of.
         ("em-fib-v4", "em-fib-v6", (20, 60)),
         ("em-fib-v6", "em-fib-v8", (60, 136, 200)),
+        ("em-fib-v8", "em-fib-v10", (20, 60, 136, 200)),
+        ("em-fib-v9", "em-fib-v11", (20, 60, 136, 200)),
     ],
 )
 def test_error_and_bytes_together_are_less_than_with_the_weights_before(
