@@ -94,7 +94,8 @@ def test_the_second_codes_as_the_first_and_decodes_better() -> None:
         ("em-fib-v2", "em-fib-v4", (60, 136, 200)),
         # Interlaced is what coarse qualities say most of.
         ("em-fib-v4", "em-fib-v6", (20, 60)),
-        ("em-fib-v6", "em-fib-v8", (60, 136, 200)),
+        # Coarser ones are rounded by another slope since than its symbols were counted at.
+        ("em-fib-v6", "em-fib-v8", (170, 200)),
         ("em-fib-v8", "em-fib-v10", (20, 60, 136, 200)),
         ("em-fib-v9", "em-fib-v11", (20, 60, 136, 200)),
     ],
