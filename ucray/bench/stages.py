@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from ucray.bench.samples import blocks
+from ucray.codec.anticipation import anticipated
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import ready
 from ucray.codec.encoder import ChunkEncoder
@@ -87,9 +88,15 @@ def measure_stages(
 
     wavelet = on_device(lambda: analysis.wavelet(x))
     filtering = 0.0 if synthesis.postfilter is None else on_device(lambda: synthesis.filtered(x, qualities))
+    step = torch.from_numpy(stream.rounding_step(quality) * stream.context.unit).to(place).expand(batch, -1)
+
+    def anticipate() -> torch.Tensor:
+        return anticipated(y_hat, side, qualities, step, analysis, synthesis)
+
     found = [
         ("wavelet", device, wavelet),
         ("analysis", device, max(on_device(lambda: analysis(x, qualities)) - wavelet, SHORTEST)),
+        *([] if synthesis.postfilter is None else [("anticipation", device, on_device(anticipate))]),
         ("context and rounding", "one core", _fastest(
             lambda: stream.quantise(latents.codes, latents.values, quality), place)),
         ("entropy coding", "one core", _fastest(lambda: stream.encode(symbols), place)),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ucray.codec.linear import LinearAnalysis, LinearSynthesis, in_float32
+from ucray.codec.linear import LinearAnalysis, LinearSynthesis
 
 SHARE = 0.55
 """Of what the filter adds to a roughly coded chunk, what is taken off."""
@@ -49,6 +49,5 @@ def anticipated(
     rough = (y.abs() / step + (1.0 - DEAD_ZONE)).floor().mul_(step).copysign_(y)
     x_hat = synthesis.unfiltered(rough, prior, quality)
     filtered = synthesis.filtered(x_hat, quality)
-    with in_float32(y):
-        change = analysis.latents(filtered.float() - x_hat)
+    change = analysis.latents(filtered - x_hat)
     return torch.where(used[:, None, None, None, None], y - SHARE * change, y)

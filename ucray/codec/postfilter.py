@@ -25,6 +25,9 @@ from ucray.codec.convolution import Convolution
 from ucray.config import CodecConfig, FilterConfig
 from ucray.grid import Shape3, triple
 
+PLANES: tuple[Shape3, ...] = ((1, 3, 3), (3, 1, 3), (3, 3, 1))
+"""Kernels of the convolutions, in turn: three of them see 5^3 cells for the price of one of 3^3."""
+
 
 @cache
 def fast_in_bfloat16() -> bool:
@@ -34,10 +37,6 @@ def fast_in_bfloat16() -> bool:
     eight bits of it say less than twenty-four.
     """
     return bool(torch.cpu._is_amx_tile_supported())
-
-
-PLANES: tuple[Shape3, ...] = ((1, 3, 3), (3, 1, 3), (3, 3, 1))
-"""Kernels of the convolutions, in turn: three of them see 5^3 cells for the price of one of 3^3."""
 
 
 class FilterLayer(nn.Module):

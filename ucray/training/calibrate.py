@@ -157,9 +157,10 @@ def _count(
         with torch.no_grad():
             lapped = coder.analysis.lapped(batch)[:, 0].cpu().numpy()
         for quality in CALIBRATION_QUALITIES:
-            with torch.no_grad(), in_fewer_bits(batch):
-                qualities = torch.full((len(batch),), float(quality)).to(batch)
-                y, z = coder.analysis(batch, qualities)
+            qualities = torch.full((len(batch),), float(quality)).to(batch)
+            with torch.no_grad():
+                with in_fewer_bits(batch):
+                    y, z = coder.analysis(batch, qualities)
                 codes = quantise_codes(coder.codebook.entries, z).to(torch.uint8).cpu().numpy()
                 step = torch.exp2(-coder.prior.gain_at(qualities))
                 y = anticipated(y, coder.coded(z)[1], qualities, step, coder.analysis, student)

@@ -64,7 +64,8 @@ class Trainer:
         Shapes of the networks; steps, batch, learning rate, seed.
     start
         Weights to start from; their configuration must be the same but for the decoders: networks and
-        post-filters that are of another size start anew. Where the stream is not kept, it may also lack the
+        post-filters that are of another size start anew, the student's as the teacher's where they are now
+        as large. Where the stream is not kept, it may also lack the
         trellis that `config` has, and its order.
     device
         Where the networks live.

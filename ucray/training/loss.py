@@ -186,9 +186,9 @@ def frozen_stream(coder: Coder, decoder: LinearSynthesis, x: Tensor, quality: Te
     """The stream as it will be coded for a decoder: the encoder's rounding, true codes, no noise."""
     with in_fewer_bits(x):
         y, z = coder.analysis(x, quality)
-        codes, side = coder.coded(z)
-        step = torch.exp2(-coder.prior.gain_at(quality))
-        y = anticipated(y, side, quality, step, coder.analysis, decoder)
+    codes, side = coder.coded(z)
+    step = torch.exp2(-coder.prior.gain_at(quality))
+    y = anticipated(y, side, quality, step, coder.analysis, decoder)
     coded = coder.prior(y, side, quality)
     return Stream(coded.y_hat, codes, side, coded.bits, torch.zeros(()))
 
