@@ -239,16 +239,24 @@ def test_the_command_writes_a_report(tmp_path: Path, tiny_weights: Weights) -> N
     assert (out / "table.md").read_text().startswith("# v.zarr")
 
 
-def test_the_command_times_the_stages(tmp_path: Path, tiny_weights: Weights) -> None:
+FILTERED_STAGES = {"anticipation", "post-filter"}
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_the_command_times_the_stages(
+    filtered: bool, tmp_path: Path, tiny_weights: Weights, filtered_weights: Weights
+) -> None:
     source, weights, out = tmp_path / "v.zarr", tmp_path / "w.safetensors", tmp_path / "report"
-    weights.write_bytes(tiny_weights.to_bytes())
+    weights.write_bytes((filtered_weights if filtered else tiny_weights).to_bytes())
     run: Callable[..., Any] = CliRunner().invoke
     assert run(app, ["synth", str(source), "--shape", "64,64,64"]).exit_code == 0
     common = ["bench", str(source), "-o", str(out), "--weights", str(weights)]
     done = run(app, [*common, "--device", "cpu", "--batch", "2", "--json"])
     assert done.exit_code == 0, done.output
     stages = json.loads(done.stdout)["stages"]
-    assert [stage["name"] for stage in stages][::5] == ["wavelet", "synthesis"]
+    names = [stage["name"] for stage in stages]
+    assert [name for name in names if name not in FILTERED_STAGES][::5] == ["wavelet", "synthesis"]
+    assert FILTERED_STAGES & set(names) == (FILTERED_STAGES if filtered else set())
     # A chunk of 64^3 bytes: its time and its speed say the same.
     for stage in stages:
         assert stage["milliseconds"] * stage["speed"] == pytest.approx(64**3 / 1e3, rel=1e-6)

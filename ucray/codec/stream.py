@@ -141,7 +141,8 @@ class StreamModel:
 
     def rounding_step(self, quality: int) -> npt.NDArray[np.float32]:
         """Step (latents,), in units of them, of the rounding one by one that errs about as much."""
-        step: npt.NDArray[np.float32] = self.context.step[quality] * np.float32(self._rounding)
+        step: npt.NDArray[np.float32] = self.context.step[quality].astype(np.float32)
+        step *= self._rounding
         return step
 
     @property
