@@ -43,10 +43,7 @@ class ResidualCodebook(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Sum of the chosen entries: codes (n, stages) to vectors (n, width)."""
-        total = self.entries.new_zeros(len(codes), self.entries.shape[2])
-        for entries, code in zip(self.entries, codes.unbind(1), strict=True):
-            total = total + entries[code]
-        return total
+        return vectors_of(self.entries, codes)
 
     def learn(self, vectors: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """One training step: returns (codes, quantised vectors with straight-through gradient, loss).
@@ -111,11 +108,11 @@ def quantise_codes(entries: Tensor, z: Tensor) -> Tensor:
 
 
 def vectors_of(entries: Tensor, codes: Tensor) -> Tensor:
-    """What codes (batch, stages, z, y, x) stand for: sums of entries, (batch, width, z, y, x)."""
+    """What codes (n, stages, ...) stand for: sums of entries (n, ..., width)."""
     total = entries.new_zeros(*codes.shape[:1], *codes.shape[2:], entries.shape[2])
     for book, code in zip(entries, codes.unbind(1), strict=True):
         total = total + book[code]
-    return total.permute(0, 4, 1, 2, 3)
+    return total
 
 
 def _quantise(entries: Tensor, vectors: Tensor) -> Tensor:

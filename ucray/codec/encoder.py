@@ -147,9 +147,9 @@ class ChunkEncoder:
         """Latents to round, where they are decoded by a network that filters."""
         unit = self.stream.context.unit
         step = np.stack([self.stream.rounding_step(int(quality)) * unit for quality in qualities])
-        prior = vectors_of(self._codebook, codes)
-        moved = torch.from_numpy(step).to(y)
-        return anticipated(y, prior, qualities, moved, self._analysis, self.decoder.synthesis)
+        prior = vectors_of(self._codebook, codes).movedim(-1, 1)
+        steps = torch.from_numpy(step).to(y)
+        return anticipated(y, prior, qualities, steps, self._analysis, self.decoder.synthesis)
 
     def drafts(
         self,

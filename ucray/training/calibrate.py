@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ucray.codec.anticipation import anticipated
-from ucray.codec.codebook import quantise_codes
+from ucray.codec.codebook import quantise_codes, vectors_of
 from ucray.codec.context import FEATURE_UNITS, TABLES
 from ucray.codec.frequencies import FrequencyTables, logistic_weights, to_frequencies
 from ucray.codec.lapping import Lapping
@@ -161,9 +161,11 @@ def _count(
             with torch.no_grad():
                 with in_fewer_bits(batch):
                     y, z = coder.analysis(batch, qualities)
-                codes = quantise_codes(coder.codebook.entries, z).to(torch.uint8).cpu().numpy()
+                chosen = quantise_codes(coder.codebook.entries, z)
+                side = vectors_of(coder.codebook.entries, chosen).movedim(-1, 1)
                 step = torch.exp2(-coder.prior.gain_at(qualities))
-                y = anticipated(y, coder.coded(z)[1], qualities, step, coder.analysis, student)
+                y = anticipated(y, side, qualities, step, coder.analysis, student)
+            codes = chosen.to(torch.uint8).cpu().numpy()
             latents = y.permute(0, 2, 3, 4, 1).cpu().numpy() / draft.context.unit
             for values, one_codes, chunk in zip(latents, codes, lapped, strict=True):
                 for stage, row in enumerate(one_codes):

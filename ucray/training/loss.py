@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ucray.codec.anticipation import anticipated
-from ucray.codec.codebook import ResidualCodebook, quantise_codes
+from ucray.codec.codebook import ResidualCodebook, quantise_codes, vectors_of
 from ucray.codec.linear import LinearSynthesis
 from ucray.codec.network import Synthesis, analysis_of
 from ucray.codec.postfilter import fast_in_bfloat16
@@ -65,9 +65,9 @@ class Coder(nn.Module):
 
     def coded(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (n, stages) of side latents z (batch, width, ...), and the vectors they stand for, like z."""
-        codes = quantise_codes(self.codebook.entries, z).permute(0, 2, 3, 4, 1)
-        vectors = self.codebook.lookup(codes.flatten(0, 3)).reshape(*codes.shape[:4], z.shape[1])
-        return codes.flatten(0, 3), vectors.permute(0, 4, 1, 2, 3)
+        codes = quantise_codes(self.codebook.entries, z)
+        vectors = vectors_of(self.codebook.entries, codes).movedim(-1, 1)
+        return codes.permute(0, 2, 3, 4, 1).flatten(0, 3), vectors
 
     def forward(self, x: Tensor, quality: Tensor, generator: torch.Generator) -> Stream:
         """Code chunks (batch, 1, z, y, x) at qualities (batch,).
