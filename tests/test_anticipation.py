@@ -16,6 +16,7 @@ from ucray.codec.anticipation import DEAD_ZONE, SHARE, anticipated
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.linear import LinearAnalysis, LinearSynthesis, start_linear
+from ucray.codec.postfilter import PostFilter
 from ucray.codec.shipped import shipped_for, shipped_weights
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig, FilterConfig
@@ -25,12 +26,11 @@ FINEST = 160
 STEP = 0.25
 
 
-class Louder(LinearSynthesis):
-    """A decoder whose filter makes everything a tenth louder."""
+class Louder(PostFilter):
+    """Makes everything a tenth louder."""
 
-    def filtered(self, x_hat: Tensor, quality: Tensor) -> Tensor:
-        used = self.is_filtered(quality)[:, None, None, None, None]
-        return torch.where(used, 1.1 * x_hat, x_hat)
+    def change(self, x: Tensor, quality: Tensor) -> Tensor:
+        return 0.1 * x
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def transforms() -> tuple[LinearAnalysis, LinearSynthesis, Tensor]:
         groups=(512,), teacher=None, student=None, analysis=None, code_stages=0, code_width=0
     )
     analysis = LinearAnalysis(config)
-    synthesis = Louder(config, FilterConfig(4, 1, FINEST))
+    synthesis = LinearSynthesis(config)
+    synthesis.postfilter = Louder(config, FilterConfig(4, 1, FINEST))
     x = torch.from_numpy(np.stack([smooth_volume_of((32, 32, 32), seed) for seed in (1, 2)]))[:, None]
     with torch.no_grad():
         start_linear(analysis, synthesis, x)

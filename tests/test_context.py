@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,18 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from ucray.codec.arithmetic import BY_ARRAYS, BY_LOOPS, Arithmetic
 from ucray.codec.context import (
     FEATURE_UNITS,
     LARGEST_FIRST_SUM,
     Codes,
     ContextModel,
     Layer,
-    Walk,
 )
 from ucray.codec.entropy import encode
 from ucray.codec.frequencies import SILENT
+from ucray.codec.kernels import compiled
 from ucray.codec.passes import INTERLACED, Colour, Pass, coding_passes
 from ucray.codec.prior import ContextPrior
+from ucray.codec.walk import Walk
 from ucray.codec.weights import Weights
 from ucray.config import QUALITIES
 from ucray.errors import ChunkError, WeightsError
@@ -129,15 +132,25 @@ def test_later_colours_look_where_something_was_coded() -> None:
 
 
 @settings(max_examples=20)
-@given(st.booleans(), st.integers(0, 2**32 - 1), st.sampled_from([0, 100, 255]))
+@given(
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0, 100, 255]),
+    st.sampled_from([BY_ARRAYS, BY_LOOPS, compiled().arithmetic]),
+)
 def test_predictions_follow_from_whole_numbers(
-    tiny_weights: Weights, interlaced_weights: Weights, interlaced: bool, seed: int, quality: int
+    tiny_weights: Weights,
+    interlaced_weights: Weights,
+    interlaced: bool,
+    seed: int,
+    quality: int,
+    arithmetic: Arithmetic,
 ) -> None:
     weights = interlaced_weights if interlaced else tiny_weights
     model = weights.stream.context
     codes = codes_of(weights, GRID, seed)
     random = np.random.default_rng(seed)
-    walk = Walk(model, codes, quality)
+    walk = Walk(model, codes, quality, arithmetic)
     shape = triple(iter(walk.latents.shape[:3]))
     known: Latents = {}
     for part in model.passes:
@@ -158,6 +171,16 @@ def test_predictions_follow_from_whole_numbers(
                 assert walk.latents[(*cell, channel)] == value
 
 
+def summed(layer: Layer, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """What a layer sums up, by arrays; loops have to give the same."""
+    by_arrays, by_loops = (
+        way.finish(layer.products(inputs), layer.offsets, 0.5**layer.shift, -(1 << 62), 1 << 62)
+        for way in (BY_ARRAYS, BY_LOOPS)
+    )
+    np.testing.assert_array_equal(by_arrays, by_loops)
+    return by_arrays
+
+
 def test_sums_stay_exact_in_any_order(tiny_weights: Weights) -> None:
     """The largest weights and inputs that are let through, summed in two orders, agree to the unit."""
     random = np.random.default_rng(0)
@@ -166,9 +189,9 @@ def test_sums_stay_exact_in_any_order(tiny_weights: Weights) -> None:
     layer = Layer(weight, np.full(5, (1 << 31) - 1, np.int32), 0)
     order = random.permutation(1000)
     shuffled = Layer(weight[:, order], layer.bias, 0)
-    np.testing.assert_array_equal(layer(inputs), shuffled(inputs[:, order]))
+    np.testing.assert_array_equal(summed(layer, inputs), summed(shuffled, inputs[:, order]))
     exact = inputs.astype(object) @ weight.T.astype(object) + (1 << 31) - 1
-    np.testing.assert_array_equal(layer(inputs), exact.astype(np.float64))
+    np.testing.assert_array_equal(summed(layer, inputs), exact.astype(np.float64))
 
 
 def test_sums_of_a_first_layer_stay_exact_in_float32(tiny_weights: Weights) -> None:
@@ -181,9 +204,9 @@ def test_sums_of_a_first_layer_stay_exact_in_float32(tiny_weights: Weights) -> N
     assert 0.99 * LARGEST_FIRST_SUM < layer.largest_sum < LARGEST_FIRST_SUM
     order = random.permutation(400)
     shuffled = Layer(weight[:, order], layer.bias, 0)
-    np.testing.assert_array_equal(layer(inputs), shuffled(inputs[:, order]))
+    np.testing.assert_array_equal(summed(layer, inputs), summed(shuffled, inputs[:, order]))
     exact = inputs.astype(np.int64) @ weight.T.astype(np.int64) + 15_000
-    np.testing.assert_array_equal(layer(inputs), exact)
+    np.testing.assert_array_equal(summed(layer, inputs), exact)
     name = "stream.context.0.first.bias"
     tensors = dict(tiny_weights.tensors)
     tensors[name] = np.full_like(tensors[name], 1 << 24)

@@ -26,14 +26,14 @@ class ErrorSum:
         """Measure `decoded` against `original`, two arrays of one shape; not-a-number equals itself."""
         # Infinity less itself is not a number; it is set right below.
         with np.errstate(invalid="ignore"):
-            difference = original.astype(np.float64) - decoded.astype(np.float64)
+            difference = np.subtract(original, decoded, dtype=np.float64)
         if np.issubdtype(original.dtype, np.floating) or np.issubdtype(decoded.dtype, np.floating):
             both_nan = np.isnan(original.astype(np.float64)) & np.isnan(decoded.astype(np.float64))
             difference[both_nan | (original == decoded)] = 0.0
         return cls(
             voxels=int(difference.size),
-            squared=float(np.sum(difference * difference)),
-            maximum=float(np.max(np.abs(difference), initial=0.0)),
+            squared=float(np.vdot(difference, difference)),
+            maximum=float(max(difference.max(initial=0.0), -difference.min(initial=0.0))),
         )
 
     def __add__(self, other: ErrorSum) -> ErrorSum:

@@ -47,7 +47,7 @@ def anticipated(
         return y
     step = step[:, :, None, None, None]
     rough = (y.abs() / step + (1.0 - DEAD_ZONE)).floor().mul_(step).copysign_(y)
-    x_hat = synthesis.unfiltered(rough, prior, quality)
-    filtered = synthesis.filtered(x_hat, quality)
-    change = analysis.latents(filtered - x_hat)
+    assert synthesis.postfilter is not None
+    added = synthesis.postfilter.change(synthesis.roughly(rough, prior, quality), quality)
+    change = analysis.latents(added).float()
     return torch.where(used[:, None, None, None, None], y - SHARE * change, y)

@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ucray.codec.convolution import Convolution
 from ucray.config import QUALITIES
@@ -40,11 +41,15 @@ class QualityAffine(nn.Module):
         self._kept.clear()
         return super().train(mode)
 
-    def behind(self, convolution: Convolution, x: Tensor, quality: Tensor) -> Tensor:
-        """Convolved features, scaled and shifted: of a single chunk within the convolution's weights."""
+    def behind(self, convolution: Convolution, x: Tensor, quality: Tensor, *, relu: bool = False) -> Tensor:
+        """Convolved features, scaled and shifted, with a ReLU or without.
+
+        Of a single chunk all of it is done within the convolution.
+        """
         if len(x) > 1 or torch.is_grad_enabled():
-            return torch.as_tensor(self(convolution(x), quality))
-        return convolution.with_weights(x, *self._folded(convolution, quality, x.dtype))
+            found = torch.as_tensor(self(convolution(x), quality))
+            return functional.relu(found, inplace=True) if relu else found
+        return convolution.with_weights(x, *self._folded(convolution, quality, x.dtype), relu=relu)
 
     def _folded(self, convolution: Convolution, quality: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weight and bias of a convolution, scaled and shifted; kept where nothing is learned any more."""

@@ -10,17 +10,14 @@ every other, with the speed of a matrix product.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ucray.codec.passes import QUALITY_FEATURES, Colour, Geometry, Pass, Whole, coding_passes
-from ucray.config import QUALITIES
-from ucray.grid import Shape3, triple
+from ucray.codec.passes import Pass, Whole, coding_passes
+from ucray.grid import Shape3
 
 FEATURE_UNITS = 32
 """Units of a network's inputs: of a latent's standard deviation, or of a codebook vector's one."""
@@ -56,7 +53,6 @@ TABLES = int((TABLE_OCTAVES[1] - TABLE_OCTAVES[0]) * SCALE_UNITS / TABLE_UNITS) 
 
 Codes = npt.NDArray[np.uint8]
 Tables = npt.NDArray[np.uint8]
-Numbers = TypeVar("Numbers", npt.NDArray[np.int64], npt.NDArray[np.float64])
 Inputs = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
@@ -73,6 +69,11 @@ class Layer:
     shift: int
 
     @cached_property
+    def offsets(self) -> Floats:
+        """The bias as it is summed."""
+        return self.bias.astype(np.float64)
+
+    @cached_property
     def _matrix(self) -> Inputs | Floats:
         dtype = np.float32 if self.weight.dtype == np.int8 else np.float64
         return np.ascontiguousarray(self.weight.T.astype(dtype))
@@ -83,18 +84,14 @@ class Layer:
         rows = np.abs(self.weight.astype(np.int64)).sum(axis=1) * LARGEST_FEATURE
         return int((rows + np.abs(self.bias.astype(np.int64))).max())
 
-    def __call__(self, *inputs: Inputs | Floats, gain: int = 1) -> Floats:
-        """Whole outputs (cells, outputs) of whole inputs side by side; `gain` changes their units."""
+    def products(self, *inputs: Inputs | Floats) -> Inputs | Floats:
+        """Whole sums (cells, outputs) of weighted inputs side by side, without the bias."""
         width = inputs[0].shape[1]
         products = inputs[0] @ self._matrix[:width]
         for part in inputs[1:]:
             products += part @ self._matrix[width : width + part.shape[1]]
             width += part.shape[1]
-        sums = products.astype(np.float64, copy=False)
-        sums += self.bias
-        sums *= gain * 0.5**self.shift
-        sums += 0.5
-        return np.floor(sums, out=sums)
+        return np.asarray(products)
 
 
 @dataclass(frozen=True)
@@ -161,86 +158,3 @@ class ContextModel:
         for entries, code in zip(self.codebook, codes, strict=True):
             total += entries[code]
         return total
-
-
-class Walk:
-    """The latents of one chunk while they are coded, pass by pass.
-
-    `latents` are whole numbers (z, y, x, latents), zero until their pass was.
-    """
-
-    def __init__(self, model: ContextModel, codes: Codes, quality: int) -> None:
-        stride = model.code_stride
-        shape = triple(n * s for n, s in zip(codes.shape[1:], stride, strict=True))
-        self.latents = np.zeros((*shape, model.latents), dtype=np.int64)
-        self._model = model
-        self._quality = quality
-        side = model.vectors(codes)
-        for axis, size in enumerate(stride):
-            side = side.repeat(size, axis=axis)
-        share = [
-            (2 * FEATURE_UNITS * quality**n + (top := (QUALITIES - 1) ** n)) // (2 * top) for n in (1, 2)
-        ]
-        shares = np.broadcast_to(np.array(share), (math.prod(shape), QUALITY_FEATURES))
-        common = np.concatenate([side.reshape(len(shares), -1), shares], axis=1)
-        self._common = np.clip(common, -LARGEST_FEATURE, LARGEST_FEATURE).astype(np.float32)
-        self._geometry = Geometry.of(shape)
-        # On the grid with a border: a latent's value, and the root of its size.
-        self._values = np.zeros((self._geometry.padded, model.latents), dtype=np.float32)
-        self._roots = np.zeros((self._geometry.padded, model.latents), dtype=np.float32)
-
-    def rows(self, part: Pass, latents: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        """Of latents (z, y, x, latents) those of one pass: (cells, channels)."""
-        return self._coded_in(part, latents.reshape(-1, latents.shape[-1])[:, part.first : part.last])
-
-    def cells(self, part: Pass, values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        """Of a value for each cell (z, y, x) those of one pass: (cells, 1)."""
-        return self._coded_in(part, values.reshape(-1, 1))
-
-    def _coded_in(self, part: Pass, flat: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        return flat if part.colour is Colour.ALL else flat[self._geometry.cells[part.colour]]
-
-    def predict(self, part: Pass) -> tuple[Whole, Tables]:
-        """Mean, in units of the latents, and table of every latent of a pass: both (cells, channels)."""
-        model = self._model
-        first, middle, last = model.networks[model.passes.index(part)]
-        geometry = self._geometry
-        inputs = [self._common if part.colour is Colour.ALL else self._common[geometry.cells[part.colour]]]
-        if part.known:
-            around = self._values[:, : part.known][geometry.around[part.colour]]
-            inputs.append(around.reshape(len(around), around.shape[1] * part.known))
-            inputs.append(self._roots[:, : part.known][geometry.places[part.colour]])
-        hidden = _within(first(*inputs, gain=HIDDEN_UNITS // FEATURE_UNITS), 0, LARGEST_HIDDEN)
-        hidden = _within(middle(hidden), 0, LARGEST_HIDDEN)
-        output = _within(last(hidden), -LARGEST_OUTPUT, LARGEST_OUTPUT).astype(np.int64)
-        here = slice(part.first, part.last)
-        mean = (output[:, : part.channels] * model.outward[here] + (1 << WIDE - 1)) >> WIDE
-        to_scale = HIDDEN_UNITS // SCALE_UNITS
-        units = (output[:, part.channels :] + to_scale // 2) // to_scale
-        units += model.base[here].astype(np.int64) + model.gain[self._quality, here]
-        tables = (units - int(TABLE_OCTAVES[0] * SCALE_UNITS) + TABLE_UNITS // 2) // TABLE_UNITS
-        return mean, _within(tables, 0, TABLES - 1).astype(np.uint8)
-
-    def put(self, part: Pass, mean: Whole, points: npt.NDArray[np.integer]) -> None:
-        """Take in the points (cells, channels) of a pass: quantisation steps from the mean."""
-        model = self._model
-        here = slice(part.first, part.last)
-        values = mean + points.astype(np.int64) * model.step[self._quality, here]
-        values = _within(values, -LARGEST_LATENT, LARGEST_LATENT)
-        self.latents.reshape(-1, model.latents)[self._geometry.cells[part.colour], here] = values
-        inner = (values * model.inward[here] + (1 << WIDE - 1)) >> WIDE
-        inner = _within(inner, -LARGEST_FEATURE, LARGEST_FEATURE)
-        places = self._geometry.places[part.colour]
-        self._values[places, here] = inner
-        self._roots[places, here] = np.floor(np.sqrt(np.abs(inner) * float(FEATURE_UNITS)) + 0.5)
-
-    def leave_out(self, part: Pass) -> None:
-        """Take back the last pass that was put: its latents are zero."""
-        cells = self._geometry.cells[part.colour]
-        self.latents.reshape(-1, self._model.latents)[cells, part.first : part.last] = 0
-
-
-def _within(values: Numbers, low: int, high: int) -> Numbers:
-    """Clip in place; on arrays this small `np.clip` takes longer to look at its limits than at them."""
-    np.maximum(values, low, out=values)
-    return np.minimum(values, high, out=values)

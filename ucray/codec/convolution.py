@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 _ONE_DNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
@@ -20,12 +21,14 @@ class Convolution(nn.Conv3d):
         """Features (batch, width, z, y, x)."""
         return self.with_weights(x, self.weight, self.bias)
 
-    def with_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The same with weights and bias for this once."""
+    def with_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Tensor:
+        """The same with weights and bias for this once, and a ReLU behind it if asked for."""
         if torch.is_grad_enabled() or x.is_cuda or not _ONE_DNN:
-            return torch.as_tensor(self._conv_forward(x, weight, bias))
+            found = torch.as_tensor(self._conv_forward(x, weight, bias))
+            return functional.relu(found, inplace=True) if relu else found
+        # oneDNN takes what is negative to zero before it writes: a pass over memory less.
+        behind = "relu" if relu else "none"
+        geometry = self.padding, self.stride, self.dilation, self.groups
         return torch.as_tensor(
-            torch.ops.aten.mkldnn_convolution(
-                x, weight, bias, self.padding, self.stride, self.dilation, self.groups
-            )
+            torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, behind, [], "")
         )

@@ -155,7 +155,7 @@ class ChunkDecoder:
             latents = torch.from_numpy(y_hat).to(self._device).permute(0, 4, 1, 2, 3)
             side = torch.from_numpy(prior.astype(np.float32)).to(self._device).permute(0, 4, 1, 2, 3)
             x_hat = self.synthesis(latents, side, quality)
-            values = (x_hat[:, 0] * self.format.scale + self.format.offset).cpu().numpy()
+            values = x_hat[:, 0].mul_(self.format.scale).add_(self.format.offset).cpu().numpy()
         return [_to_dtype(one, self.format.dtype) for one in values[:wanted]]
 
     @property
@@ -179,12 +179,14 @@ def batches(items: Sequence[Item], device: torch.device) -> Iterator[tuple[Seque
 
 
 def _to_dtype(values: npt.NDArray[np.float32], dtype: str) -> Voxels:
+    """Values, which are rounded where they are, as voxels."""
     if np.issubdtype(np.dtype(dtype), np.floating):
         return values.astype(dtype)
     if not np.isfinite(values).all():
         raise ChunkError("a chunk that decodes to no numbers: its weights or its scale are damaged")
     limits = np.iinfo(dtype)
-    return np.clip(np.rint(values), limits.min, limits.max).astype(dtype)
+    np.rint(values, out=values)
+    return np.clip(values, limits.min, limits.max, out=values).astype(dtype)
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:

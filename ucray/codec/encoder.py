@@ -36,19 +36,24 @@ from ucray.quality import ErrorSum
 RAW_LEVEL = 3
 """zstd level of raw chunks."""
 
+RAW_PART = 8
+"""Of the voxels of a chunk, the part that is packed to learn whether the whole could be worth it."""
+
 
 @dataclass(frozen=True)
 class Draft:
     """One chunk between the two halves of encoding: integers, no voxels.
 
-    `symbols` belong to a neural chunk; `value` to a constant one; `raw` is a zstd frame, present where
-    it might be the shorter form; `residual` to a bounded one. `error` is that of the neural form.
+    `symbols` belong to a neural chunk; `value` to a constant one; `residual` to a bounded one. `raw` are
+    voxels, little-endian, where they might be packed to less, `least` a number of bytes below which they are
+    not. `error` is that of the neural form.
     """
 
     origin: Shape3 | None
     mask: bytes
     value: bytes
     raw: bytes
+    least: int
     symbols: Symbols | None
     error: ErrorSum
     residual: Residual | None = None
@@ -130,7 +135,8 @@ class ChunkEncoder:
         mask = torch.from_numpy(fill_mask(padded, self.format.fill_value))
         # What overflows here comes out of the networks as no number, and `drafts` codes it raw.
         with np.errstate(over="ignore"):
-            values = padded.astype(np.float32) - np.float32(self.format.offset)
+            values = padded.astype(np.float32)
+            values -= np.float32(self.format.offset)
             values /= np.float32(self.format.scale)
         with torch.inference_mode():
             x = inpaint(torch.from_numpy(values).to(self._device), mask.to(self._device))
@@ -222,11 +228,12 @@ class ChunkEncoder:
             return None
         padded = self._padded(voxels)
         packed_mask = pack_mask(fill_mask(padded, self.format.fill_value)) if mask.any() else b""
-        draft = Draft(origin, packed_mask, b"", b"", None, ErrorSum())
-        if (kept := voxels[~mask]).min() == kept.max():
-            return replace(draft, value=_little_endian(kept[0]), error=ErrorSum(voxels.size))
-        raw = bytes(zstd.compress(_little_endian(padded), RAW_LEVEL))
-        return replace(draft, raw=raw, error=ErrorSum(voxels.size))
+        draft = Draft(origin, packed_mask, b"", b"", 0, None, ErrorSum(voxels.size))
+        kept = voxels[~mask] if mask.any() else voxels.reshape(-1)
+        if kept.min() == kept.max():
+            return replace(draft, value=_little_endian(kept[0]))
+        raw = _little_endian(padded)
+        return replace(draft, raw=raw, least=len(_packed(raw[: len(raw) // RAW_PART])))
 
     def _fits(self, draft: Draft, voxels: Voxels) -> bool:
         """Whether a chunk is one for the networks: no constant, and every voxel a number."""
@@ -244,7 +251,7 @@ class ChunkEncoder:
         if not (finite and math.isfinite(error.squared)):
             return replace(draft, mask=b"")
         # At worst a letter takes 24 bits, an escape 3 bytes more: a raw form longer than that cannot win.
-        keep_raw = len(draft.raw) < 6 * len(symbols) + 3 * symbols.codes.size + 16
+        keep_raw = draft.least < 6 * len(symbols) + 3 * symbols.codes.size + 16
         return replace(draft, raw=draft.raw if keep_raw else b"", symbols=symbols, error=error)
 
     def _bounded_draft(
@@ -302,7 +309,7 @@ class ChunkEncoder:
         if any(n > c for n, c in zip(voxels.shape, self.format.shape, strict=True)):
             raise SettingsError(f"a chunk of shape {voxels.shape} is larger than {self.format.shape}")
         missing = [(0, c - n) for n, c in zip(voxels.shape, self.format.shape, strict=True)]
-        return np.pad(voxels, missing, mode="edge")
+        return np.pad(voxels, missing, mode="edge") if voxels.shape != self.format.shape else voxels
 
 
 def pack(draft: Draft | None, stream: StreamModel, stream_digest: str) -> Packed:
@@ -310,21 +317,30 @@ def pack(draft: Draft | None, stream: StreamModel, stream_digest: str) -> Packed
     if draft is None:
         return Packed(b"", Kind.CONSTANT, ErrorSum())
     digest = bytes.fromhex(stream_digest)
-    raw = write_chunk(Chunk(Kind.RAW, draft.origin, b"", draft.raw), digest) if draft.raw else b""
     if draft.value:
         data = write_chunk(Chunk(Kind.CONSTANT, draft.origin, draft.mask, draft.value), digest)
         return Packed(data, Kind.CONSTANT, draft.error)
-    if draft.symbols is not None:
-        body: NeuralBody | BoundedBody
-        symbols = draft.symbols
-        body = NeuralBody(symbols.quality, len(symbols.tables), *stream.encode(symbols))
-        kind = Kind.NEURAL
-        if draft.residual is not None:
-            kind, body = Kind.BOUNDED, BoundedBody(body, encode_residual(draft.residual, stream.frequencies))
-        data = write_chunk(Chunk(kind, draft.origin, draft.mask, body), digest)
-        if not raw or len(data) < len(raw):
-            return Packed(data, kind, draft.error)
+    coded = None if draft.symbols is None else _coded(draft, draft.symbols, stream, digest)
+    if coded is not None and (not draft.raw or len(coded.data) <= draft.least):
+        return coded
+    raw = write_chunk(Chunk(Kind.RAW, draft.origin, b"", _packed(draft.raw)), digest)
+    if coded is not None and len(coded.data) < len(raw):
+        return coded
     return Packed(raw, Kind.RAW, ErrorSum(draft.error.voxels))
+
+
+def _coded(draft: Draft, symbols: Symbols, stream: StreamModel, digest: bytes) -> Packed:
+    """The form that has symbols: neural, or bounded where there is a residual."""
+    body: NeuralBody | BoundedBody
+    body = NeuralBody(symbols.quality, len(symbols.tables), *stream.encode(symbols))
+    kind = Kind.NEURAL
+    if draft.residual is not None:
+        kind, body = Kind.BOUNDED, BoundedBody(body, encode_residual(draft.residual, stream.frequencies))
+    return Packed(write_chunk(Chunk(kind, draft.origin, draft.mask, body), digest), kind, draft.error)
+
+
+def _packed(raw: bytes) -> bytes:
+    return bytes(zstd.compress(raw, RAW_LEVEL))
 
 
 def _little_endian(voxels: Voxels | np.generic) -> bytes:

@@ -81,9 +81,10 @@ def keep_off_fill(decoded: Voxels, mask: Mask, fill_value: float) -> Voxels:
         return decoded
     fill = decoded.dtype.type(fill_value)
     collided = fill_mask(decoded, fill_value) & ~mask
-    decoded = np.where(mask, fill, decoded)
+    if mask.any():
+        decoded = np.where(mask, fill, decoded)
     if collided.any() and not np.isnan(fill_value):
-        decoded[collided] = _next_value(fill)
+        decoded = np.where(collided, _next_value(fill), decoded)
     return decoded
 
 

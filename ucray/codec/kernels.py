@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
+from ucray.codec.arithmetic import BY_LOOPS, Arithmetic
 from ucray.codec.trellis import SPACING
 
 Words = npt.NDArray[np.uint32]
@@ -34,6 +35,7 @@ class Kernels(NamedTuple):
     push: Callable[[Whole, Whole], Words]
     pull: Callable[..., tuple[int, int]]
     cheapest_paths: Callable[..., None]
+    arithmetic: Arithmetic
 
 
 def push(left: Whole, width: Whole) -> Words:
@@ -203,7 +205,16 @@ def compiled() -> Kernels:
             # There is no folder to keep it in.
             return cast(Loop, numba.njit(loop, nogil=True))
 
-    return Kernels(to_machine_code(push), to_machine_code(pull), to_machine_code(cheapest_paths))
+    return Kernels(
+        to_machine_code(push),
+        to_machine_code(pull),
+        to_machine_code(cheapest_paths),
+        Arithmetic(
+            to_machine_code(BY_LOOPS.finish),
+            to_machine_code(BY_LOOPS.read_off),
+            to_machine_code(BY_LOOPS.take_in),
+        ),
+    )
 
 
 class Reading:

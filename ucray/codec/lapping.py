@@ -88,7 +88,7 @@ class Lapping(nn.Module):
         for axis, size, cell in zip("zyx", volume.shape[2:], self.cell, strict=True):
             if axis not in self.axes or size == cell:
                 continue
-            whole = self._whole(axis, size)
+            whole = self._whole(axis, size).to(volume.dtype)
             if axis == "z":
                 volume = (whole @ volume.flatten(3)).view(volume.shape)
             else:

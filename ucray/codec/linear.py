@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.convolution import Convolution
 from ucray.codec.lapping import Lapping
-from ucray.codec.postfilter import PostFilter
+from ucray.codec.postfilter import PostFilter, computed_in
 from ucray.codec.wavelet import WaveletPacket, cells_to_volume, volume_to_cells
 from ucray.config import CodecConfig, FilterConfig
 
@@ -80,12 +80,13 @@ class LinearAnalysis(LinearTransform):
         return y, y.new_zeros(len(y), 0, *grid)
 
     def latents(self, x: Tensor) -> Tensor:
-        """The linear latents of chunks (batch, 1, z, y, x)."""
+        """The linear latents of chunks (batch, 1, z, y, x), in their dtype where the wavelet allows it."""
         if not self.wavelet.blockwise:
-            return torch.as_tensor(self.linear(self.subbands(x)))
+            return torch.as_tensor(self.linear(self.subbands(x.float())))
         # Filters of cells that do not overlap: one matrix product takes voxels straight to latents.
         cells = volume_to_cells(self.lapped(x), self.latent_cell)
-        return (cells @ self._joined(self.linear.weight, self.wavelet.analysis).T).permute(0, 4, 1, 2, 3)
+        joined = self._joined(self.linear.weight, self.wavelet.analysis).to(x.dtype)
+        return (cells @ joined.T).permute(0, 4, 1, 2, 3)
 
     def subbands(self, x: Tensor) -> Tensor:
         """Wavelet coefficients (batch, subbands, ...) of lapped chunks (batch, 1, z, y, x)."""
@@ -121,6 +122,10 @@ class LinearSynthesis(LinearTransform):
         with in_float32(y_hat):
             return torch.as_tensor(self.lapped(self.unlapped(y_hat, quality)))
 
+    def roughly(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
+        """Chunks before the post-filter, in no more bits than it computes in."""
+        return self.unfiltered(y_hat.to(computed_in(y_hat)), prior, quality)
+
     def filtered(self, x_hat: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x) behind the post-filter, where it is worth its time."""
         if self.postfilter is None:
@@ -140,11 +145,12 @@ class LinearSynthesis(LinearTransform):
 
     def unlapped(self, y_hat: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x) before lapping is undone."""
-        y_hat = self.rescaled(y_hat, quality)
+        rescaled = self.rescaled(y_hat, quality)
         if not self.wavelet.blockwise:
-            return self.wavelet.inverse(self.linear(y_hat))
+            return self.wavelet.inverse(self.linear(rescaled))
         # Filters of cells that do not overlap: one matrix product takes latents straight to voxels.
-        joined = self._joined(self.linear.weight, self.wavelet.synthesis)
+        joined = self._joined(self.linear.weight, self.wavelet.synthesis).to(y_hat.dtype)
+        y_hat = rescaled.to(y_hat.dtype)
         return cells_to_volume(y_hat.permute(0, 2, 3, 4, 1) @ joined, self.latent_cell)
 
 

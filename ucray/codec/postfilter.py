@@ -18,7 +18,6 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.convolution import Convolution
@@ -48,7 +47,7 @@ class FilterLayer(nn.Module):
         self.affine = QualityAffine(width)
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
-        change = functional.relu(self.affine.behind(self.spatial, x, quality), inplace=True)
+        change = self.affine.behind(self.spatial, x, quality, relu=True)
         # In place saves a tensor where no gradient needs it.
         return x + change if torch.is_grad_enabled() else change.add_(x)
 
@@ -72,18 +71,22 @@ class PostFilter(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
-        cells = channels_first_cells(x.to(self._dtype(x)), self.cell)
+        return torch.as_tensor(x + self.change(x, quality))
+
+    def change(self, x: Tensor, quality: Tensor) -> Tensor:
+        """What is added to chunks, in as many bits as it is computed in."""
+        cells = channels_first_cells(x.to(computed_in(x)), self.cell)
         cells = cells.contiguous(memory_format=torch.channels_last_3d)
-        features = functional.relu(self.entered.behind(self.enter, cells, quality), inplace=True)
+        features = self.entered.behind(self.enter, cells, quality, relu=True)
         for layer in self.layers:
             features = layer(features, quality)
-        change = self.left.behind(self.leave, features, quality).float()
-        return torch.as_tensor(x + channels_first_volume(change, self.cell))
+        return channels_first_volume(self.left.behind(self.leave, features, quality), self.cell)
 
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        """What a chunk's features are computed in: fewer bits where the processor has a unit for them."""
-        alone = len(x) == 1 and x.device.type == "cpu" and not torch.is_grad_enabled()
-        return torch.bfloat16 if alone and fast_in_bfloat16() else x.dtype
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """What a chunk's features are computed in: fewer bits where the processor has a unit for them."""
+    alone = len(x) == 1 and x.device.type == "cpu" and not torch.is_grad_enabled()
+    return torch.bfloat16 if alone and fast_in_bfloat16() else x.dtype
 
 
 def channels_first_cells(volume: Tensor, cell: Shape3) -> Tensor:

@@ -12,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ucray.codec import entropy
-from ucray.codec.context import TABLES, Codes, ContextModel, Tables, Walk
+from ucray.codec.arithmetic import BY_ARRAYS
+from ucray.codec.context import TABLES, Codes, ContextModel, Tables
 from ucray.codec.entropy import SymbolReader
 from ucray.codec.frequencies import SILENT, FrequencyTables
+from ucray.codec.kernels import compiled, compiled_where_worth_it
 from ucray.codec.rate import LARGEST_THRESHOLD, LONG_PATH_SHARE, SLOPE
 from ucray.codec.trellis import SPACING, WIDENING, Layout, points_of
 from ucray.codec.viterbi import best_symbols
+from ucray.codec.walk import Walk
 from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
@@ -78,7 +81,7 @@ class StreamModel:
 
         `weights` (z, y, x), where given, are those of the squared errors of cells.
         """
-        walk = Walk(self.context, codes, quality)
+        walk = Walk(self.context, codes, quality, compiled().arithmetic)
         step = self.context.step[quality]
         tables, values, gains = [], [], []
         for part in self.context.passes[: self._last_pass(walk, latents, step)]:
@@ -127,7 +130,8 @@ class StreamModel:
             raise ChunkError(f"a chunk of {passes} passes; the weights have {len(self.context.passes)}")
         reader = SymbolReader(self.frequencies, words, escapes)
         codes = reader.codes(grid)
-        walk = Walk(self.context, codes, quality)
+        kernels = compiled_where_worth_it(0)
+        walk = Walk(self.context, codes, quality, BY_ARRAYS if kernels is None else kernels.arithmetic)
         for part in self.context.passes[:passes]:
             mean, table = walk.predict(part)
             read = reader.points if self._dependent else reader.symbols
