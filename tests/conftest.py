@@ -69,6 +69,11 @@ TINY_INTERLACED = msgspec.structs.replace(TINY_DEPENDENT, interlaced=True)
 TINY_LONG_PATHS = msgspec.structs.replace(TINY_INTERLACED, trellis_states=256)
 """With the larger trellis too: weights of version 5."""
 
+TINY_CELLS = msgspec.structs.replace(
+    TINY_LONG_PATHS, student_filter=FilterConfig(width=12, layers=4, finest=255, cell=(2, 4, 4))
+)
+"""With a post-filter on cells of its own too: weights of version 6."""
+
 TINY_ANISOTROPIC = msgspec.structs.replace(TINY, levels=(0, 2, 2), latent_stride=(1, 2, 2))
 """For thick slices: 2 x 16 x 16 voxels a code."""
 
@@ -113,6 +118,12 @@ def interlaced_weights() -> Weights:
 def long_path_weights() -> Weights:
     """Like `tiny_weights`, for `TINY_LONG_PATHS`."""
     return build_weights(TINY_LONG_PATHS, seed=1)
+
+
+@pytest.fixture(scope="session")
+def cell_weights() -> Weights:
+    """Like `tiny_weights`, for `TINY_CELLS`."""
+    return build_weights(TINY_CELLS, seed=3)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from conftest import (
     TINY,
+    TINY_CELLS,
     TINY_DEPENDENT,
     TINY_FILTERED,
     TINY_INTERLACED,
@@ -39,7 +40,9 @@ FORMAT = ChunkFormat((32, 32, 32), "uint8", 0.0, 128.0, 30.0)
 INTERESTING = (0x00, 0x01, 0x7F, 0x80, 0xFF)
 
 
-CONFIGS = {1: TINY, 2: TINY_FILTERED, 3: TINY_DEPENDENT, 4: TINY_INTERLACED, 5: TINY_LONG_PATHS}
+CONFIGS = {
+    1: TINY, 2: TINY_FILTERED, 3: TINY_DEPENDENT, 4: TINY_INTERLACED, 5: TINY_LONG_PATHS, 6: TINY_CELLS
+}  # fmt: skip
 """By the version of their weights."""
 
 PARSED = (1, 3, 4, 5)

@@ -42,6 +42,7 @@ LATENTS = {
     "dependent": 828967988,
     "interlaced": 1942939210,
     "long-paths": 2218008907,
+    "cells": 2655888055,
 }
 """CRC-32C of all whole latents of an archive, int64, chunk by chunk."""
 

@@ -29,7 +29,7 @@ from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.linear import LinearSynthesis
 from ucray.codec.network import stored_synthesis
-from ucray.codec.postfilter import PostFilter
+from ucray.codec.postfilter import PLANES, PostFilter
 from ucray.codec.weights import FORMAT, Weights
 from ucray.config import CodecConfig, DecoderSizes, FilterConfig, config_for_voxels
 from ucray.errors import ArchiveError, SettingsError, WeightsError
@@ -42,6 +42,8 @@ from ucray.training.tiles import TileSampler, prepare_tiles
 from ucray.zarr_codec import UcrayCodec
 
 SIZES = FilterConfig(width=8, layers=3)
+CELLS = FilterConfig(width=12, layers=4, cell=(2, 4, 4))
+BOTH = pytest.mark.parametrize("sizes", [SIZES, CELLS], ids=["one by one", "in pairs"])
 CHUNK = (32, 32, 32)
 
 
@@ -63,35 +65,44 @@ def stirred(module: torch.nn.Module) -> None:
                 part.leave.weight.normal_(std=0.1)
 
 
+@BOTH
 @pytest.mark.parametrize("config", [TINY, TINY_ANISOTROPIC], ids=["isotropic", "anisotropic"])
-def test_a_new_filter_changes_nothing(config: CodecConfig) -> None:
+def test_a_new_filter_changes_nothing(config: CodecConfig, sizes: FilterConfig) -> None:
     x = torch.from_numpy(smooth_volume_of(CHUNK, 1))[None, None]
     with torch.no_grad():
-        assert torch.equal(PostFilter(config, SIZES)(x, torch.tensor([77.0])), x)
+        assert torch.equal(PostFilter(config, sizes)(x, torch.tensor([77.0])), x)
 
 
-@pytest.mark.parametrize(("config", "step"), [(TINY, (2, 2, 2)), (TINY_ANISOTROPIC, (1, 2, 2))])
-def test_it_is_the_same_at_every_cell_and_sees_as_far_as_it_says(config: CodecConfig, step: Shape3) -> None:
+@pytest.mark.parametrize(
+    ("config", "sizes", "step"),
+    [(TINY, SIZES, (2, 2, 2)), (TINY_ANISOTROPIC, SIZES, (1, 2, 2)), (TINY, CELLS, (2, 4, 4))],
+)
+def test_it_is_the_same_at_every_cell_and_sees_as_far_as_it_says(
+    config: CodecConfig, sizes: FilterConfig, step: Shape3
+) -> None:
     """Moved by a cell, what comes out moves with it; a voxel beyond its reach says nothing."""
-    network = PostFilter(config, SIZES)
+    network = PostFilter(config, sizes)
     stirred(network)
-    x = torch.from_numpy(smooth_volume_of((40, 40, 40), 1))[None, None]
+    x = torch.from_numpy(smooth_volume_of((72, 72, 72), 1))[None, None]
     quality = torch.tensor([77.0])
     far = x.clone()
     far[..., 0, 0, 0] += 5.0
     with torch.no_grad():
         y, moved, other = (network(one, quality) for one in (x, x.roll(step, (2, 3, 4)), far))
-    inside = (slice(None), slice(None), *[slice(12, -12)] * 3)
+    inside = (slice(None), slice(None), *[slice(24, -24)] * 3)
     torch.testing.assert_close(moved[inside], y.roll(step, (2, 3, 4))[inside], rtol=0, atol=1e-5)
     assert (y - x).abs().max() > 0.01
-    # A cell for each of the planes that an axis lies in, of four in turn.
+    # A cell for each of the planes that an axis lies in, of one more in turn than there are layers.
     changed = (other != y)[0, 0].nonzero().amax(dim=0)
-    assert [int(n) < (1 + 3) * s for n, s in zip(changed, step, strict=True)] == [True] * 3
+    planes = [PLANES[n % 3] for n in range(sizes.layers + 1)]
+    reach = [sum(plane[axis] // 2 for plane in planes) for axis in range(3)]
+    assert [int(n) < (1 + far) * s for n, far, s in zip(changed, reach, step, strict=True)] == [True] * 3
 
 
-def test_one_chunk_is_filtered_as_among_others() -> None:
+@BOTH
+def test_one_chunk_is_filtered_as_among_others(sizes: FilterConfig) -> None:
     """Alone, the quality is folded into the weights; in a batch it is not."""
-    network = PostFilter(TINY, SIZES)
+    network = PostFilter(TINY, sizes)
     stirred(network)
     x = torch.from_numpy(np.stack([smooth_volume_of(CHUNK, seed) for seed in (1, 2)]))[:, None]
     quality = torch.tensor([3.0, 200.0])
@@ -103,9 +114,10 @@ def test_one_chunk_is_filtered_as_among_others() -> None:
     assert (network(x, quality.flip(0)) - both).abs().max() > 0.01
 
 
-def test_in_bfloat16_it_says_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@BOTH
+def test_in_bfloat16_it_says_nearly_the_same(sizes: FilterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a single chunk, without gradients, on a processor that is fast at it."""
-    network = PostFilter(TINY, SIZES)
+    network = PostFilter(TINY, sizes)
     stirred(network)
     x = torch.from_numpy(smooth_volume_of(CHUNK, 1))[None, None]
     quality = torch.tensor([77.0])
@@ -307,13 +319,23 @@ def test_new_weights_have_filters_of_both_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "16", "16,3", "16,3,160,1", "a,b,c", "0,3,160", "16,-1,160", "16,65,160", "16,3,256"]
-)
+    "text",
+    [
+        "", "16", "16,3", "16,3,160,1", "a,b,c", "0,3,160", "16,-1,160", "16,65,160", "16,3,256",
+        "16,4,160,2,2", "16,4,160,0,2,2", "16,3,160,2,4,4",
+    ],
+)  # fmt: skip
 def test_sizes_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="give width, layers, finest"):
         FilterConfig.parse(text)
     result = CliRunner().invoke(app, ["train", "S", "W", "--student-filter", text])
     assert isinstance(result.exception, SettingsError)
+
+
+def test_cells_that_do_not_fill_those_of_latents_are_refused() -> None:
+    sizes = DecoderSizes(student_filter=FilterConfig(8, 2, 160, cell=(2, 3, 4)))
+    with pytest.raises(SettingsError, match=r"cells of \(2, 3, 4\) voxels do not fill those of \(8, 8, 8\)"):
+        sizes.given_to(TINY)
 
 
 def test_what_is_kept_of_a_quality_is_dropped_when_learning_goes_on() -> None:

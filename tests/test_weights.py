@@ -20,7 +20,7 @@ from ucray.codec.frequencies import TOTAL
 from ucray.codec.network import analysis_of, load_network, stored_synthesis, synthesis_of
 from ucray.codec.stream import StreamModel
 from ucray.codec.wavelet import WaveletPacket
-from ucray.codec.weights import FORMAT, SCALE, Array, Weights, stream_tensors
+from ucray.codec.weights import FORMAT, SCALE, VERSIONS, Array, Weights, stream_tensors
 from ucray.config import CodecConfig
 from ucray.errors import SettingsError, WeightsError
 from ucray.grid import Shape3, triple
@@ -71,6 +71,7 @@ def test_round_trip(tiny_weights: Weights) -> None:
         (3, "dependent_weights", {"interlaced", "trellis_states"}),
         (4, "interlaced_weights", {"trellis_states"}),
         (5, "long_path_weights", set()),
+        (6, "cell_weights", set()),
     ],
 )
 def test_weights_are_of_the_first_version_that_knows_their_parts_and_say_so(
@@ -84,7 +85,10 @@ def test_weights_are_of_the_first_version_that_knows_their_parts_and_say_so(
     assert read.digest == weights.digest
     assert f'"{FORMAT}-{version}"'.encode() in data
     # Digests of older versions are taken of what those knew.
-    assert set(CodecConfig.__struct_fields__) - set(weights.config.to_json()) == unnamed
+    plain = weights.config.to_json()
+    assert set(CodecConfig.__struct_fields__) - set(plain) == unnamed
+    filters = [sizes for part in ("teacher_filter", "student_filter") if (sizes := plain.get(part))]
+    assert all(("cell" in sizes) == (version == 6) for sizes in filters)
 
 
 def test_weights_travel_to_a_worker_after_they_have_coded(tiny_weights: Weights) -> None:
@@ -202,7 +206,7 @@ def test_foreign_safetensors_are_refused(tiny_weights: Weights) -> None:
     for data in (
         save({"weight": np.zeros(3, np.float32)}),
         save({"weight": np.zeros(3, np.float32)}, metadata={"format": "pt"}),
-        rewritten(tiny_weights, {}, key="ucray-weights-6"),
+        rewritten(tiny_weights, {}, key=f"{FORMAT}-{max(VERSIONS) + 1}"),
     ):
         with pytest.raises(WeightsError, match=FORMAT):
             Weights.from_bytes(bytes(data))

@@ -46,16 +46,35 @@ class SynthesisConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FilterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Width (channels) and layers of a post-filter, and the finest quality at which it is worth its time."""
+    """Width (channels) and layers of a post-filter, and the finest quality at which it is worth its time.
+
+    `cell` are the voxels (z, y, x) that share a feature's place, with which layers come in pairs; without it
+    they are two along each axis that the wavelet halves, and layers come one by one. Twice as wide on cells
+    four times as large, and in pairs, a filter takes half the time.
+    """
 
     width: Width
     layers: Depth
     finest: Annotated[int, msgspec.Meta(ge=0, lt=QUALITIES)] = 160
+    cell: tuple[Step, Step, Step] | None = None
+
+    def __post_init__(self) -> None:
+        if self.cell is not None and self.layers % 2:
+            raise ValueError("layers of a filter with a cell come in pairs")
 
     @classmethod
     def parse(cls, text: str) -> FilterConfig:
-        """From its numbers in their order, as "16,2,160"; raises SettingsError where they are others."""
-        return _numbers(cls, text, "a post-filter")
+        """From its numbers in their order, as "16,2,160" or, with a cell, "32,6,160,2,4,4".
+
+        Raises SettingsError where they are others.
+        """
+        try:
+            width, layers, finest, *cell = map(int, text.split(","))
+            found = {"width": width, "layers": layers, "finest": finest, "cell": cell or None}
+            return msgspec.convert(found, cls)
+        except (ValueError, msgspec.ValidationError):
+            wanted = "width, layers, finest and, if not that of old, the voxels z, y, x of a cell"
+            raise SettingsError(f"{text!r} does not size a post-filter; give {wanted}") from None
 
 
 def _numbers(cls: type[Sizes], text: str, what: str) -> Sizes:
@@ -119,6 +138,10 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("what is interlaced is the first half of a checkerboard")
         if self.trellis_states != 8 and self.first_dependent is None:
             raise ValueError("trellis_states are of symbols that lie on paths: give first_dependent too")
+        for sizes in (self.teacher_filter, self.student_filter):
+            cell = self.latent_cell if sizes is None else self.filter_cell(sizes)
+            if any(whole % part for whole, part in zip(self.latent_cell, cell, strict=True)):
+                raise ValueError(f"a filter's cells of {cell} voxels do not fill those of {self.latent_cell}")
 
     @classmethod
     def parse(cls, found: object) -> CodecConfig:
@@ -129,9 +152,13 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What JSON can hold; digests are taken of it.
 
         Version 1 knew no post-filters, version 2 no trellis, version 3 nothing interlaced, version 4 no
-        larger trellis: without, they are what they were.
+        larger trellis, version 5 no cells of filters: without, they are what they were.
         """
         plain: dict[str, Any] = msgspec.to_builtins(self)
+        if self.version < 6:
+            for part in ("teacher_filter", "student_filter"):
+                if plain[part] is not None:
+                    del plain[part]["cell"]
         if self.version < 5:
             del plain["trellis_states"]
         if self.version < 4:
@@ -145,14 +172,16 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def version(self) -> int:
         """Version of the weights' format: the first that knows all of this."""
+        filters = [sizes for sizes in (self.teacher_filter, self.student_filter) if sizes is not None]
+        if any(sizes.cell is not None for sizes in filters):
+            return 6
         if self.trellis_states != 8:
             return 5
         if self.interlaced:
             return 4
         if self.first_dependent is not None:
             return 3
-        filtered = self.teacher_filter is not None or self.student_filter is not None
-        return 2 if filtered or self.teacher is None else 1
+        return 2 if filters or self.teacher is None else 1
 
     @property
     def latents(self) -> int:
@@ -174,10 +203,9 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Voxels per codebook code; a chunk is a multiple of this on each axis."""
         return triple(a * b for a, b in zip(self.latent_cell, self.code_stride, strict=True))
 
-    @property
-    def filter_cell(self) -> Shape3:
-        """Voxels of a cell of the post-filters: two along each axis that the wavelet halves."""
-        return triple(2 if level else 1 for level in self.levels)
+    def filter_cell(self, sizes: FilterConfig) -> Shape3:
+        """Voxels of a cell of a post-filter: its own, or two along each axis that the wavelet halves."""
+        return sizes.cell or triple(2 if level else 1 for level in self.levels)
 
     @property
     def subbands(self) -> int:
@@ -198,9 +226,12 @@ class DecoderSizes(msgspec.Struct, frozen=True):
     teacher_filter: FilterConfig | None = None
 
     def given_to(self, config: CodecConfig) -> CodecConfig:
-        """The configuration with these sizes."""
+        """The configuration with these sizes; raises SettingsError where they do not fit it."""
         given = {name: sizes for name in self.__struct_fields__ if (sizes := getattr(self, name)) is not None}
-        return msgspec.structs.replace(config, **given)
+        try:
+            return msgspec.structs.replace(config, **given)
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
 
 
 TEACHER_FILTER, STUDENT_FILTER = FilterConfig(width=16, layers=6), FilterConfig(width=16, layers=2)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from conftest import (  # noqa: E402
     TINY,
+    TINY_CELLS,
     TINY_DEPENDENT,
     TINY_FILTERED,
     TINY_INTERLACED,
@@ -51,6 +52,7 @@ TINY_OF = {
     "v3": (TINY_DEPENDENT, 1),
     "v4": (TINY_INTERLACED, 1),
     "v5": (TINY_LONG_PATHS, 1),
+    "v6": (TINY_CELLS, 3),
 }
 """Configuration and seed of the untrained weights."""
 
@@ -74,6 +76,7 @@ ARCHIVES: dict[str, dict[str, tuple[dict[str, object], str]]] = {
         "long-paths": ({"ratio": 8}, "tiny.safetensors"),
         "long-paths-bounded": ({"max_error": 2}, "tiny.safetensors"),
     },
+    "v6": {"cells": ({"ratio": 8}, "tiny.safetensors")},
 }
 """Targets and weights."""
 

@@ -10,9 +10,8 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ucray.codec.convolution import Convolution
+from ucray.codec.convolution import Convolution, finished
 from ucray.config import QUALITIES
 
 KNOTS = 9
@@ -41,15 +40,22 @@ class QualityAffine(nn.Module):
         self._kept.clear()
         return super().train(mode)
 
-    def behind(self, convolution: Convolution, x: Tensor, quality: Tensor, *, relu: bool = False) -> Tensor:
-        """Convolved features, scaled and shifted, with a ReLU or without.
+    def behind(
+        self,
+        convolution: Convolution,
+        x: Tensor,
+        quality: Tensor,
+        *,
+        relu: bool = False,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """Convolved features, scaled and shifted; with a ReLU, or added onto others, which are lost.
 
         Of a single chunk all of it is done within the convolution.
         """
         if len(x) > 1 or torch.is_grad_enabled():
-            found = torch.as_tensor(self(convolution(x), quality))
-            return functional.relu(found, inplace=True) if relu else found
-        return convolution.with_weights(x, *self._folded(convolution, quality, x.dtype), relu=relu)
+            return finished(torch.as_tensor(self(convolution(x), quality)), relu=relu, onto=onto)
+        return convolution.with_weights(x, *self._folded(convolution, quality, x.dtype), relu=relu, onto=onto)
 
     def _folded(self, convolution: Convolution, quality: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weight and bias of a convolution, scaled and shifted; kept where nothing is learned any more."""

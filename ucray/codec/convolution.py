@@ -21,14 +21,35 @@ class Convolution(nn.Conv3d):
         """Features (batch, width, z, y, x)."""
         return self.with_weights(x, self.weight, self.bias)
 
-    def with_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Tensor:
-        """The same with weights and bias for this once, and a ReLU behind it if asked for."""
-        if torch.is_grad_enabled() or x.is_cuda or not _ONE_DNN:
-            found = torch.as_tensor(self._conv_forward(x, weight, bias))
-            return functional.relu(found, inplace=True) if relu else found
-        # oneDNN takes what is negative to zero before it writes: a pass over memory less.
-        behind = "relu" if relu else "none"
+    def with_weights(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        relu: bool = False,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """The same with weights and bias for this once; with a ReLU, or added onto others, which are lost.
+
+        oneDNN does that before it writes: a pass over memory less.
+        """
         geometry = self.padding, self.stride, self.dilation, self.groups
+        if torch.is_grad_enabled() or x.is_cuda or not _ONE_DNN:
+            return finished(self._conv_forward(x, weight, bias), relu=relu, onto=onto)
+        if onto is not None:
+            added = torch.ops.mkldnn._convolution_pointwise_.binary(
+                onto, x, weight, bias, *geometry, "add", 1.0, None, [], ""
+            )
+            return torch.as_tensor(added)
+        behind = "relu" if relu else "none"
         return torch.as_tensor(
             torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, behind, [], "")
         )
+
+
+def finished(found: Tensor, *, relu: bool, onto: Tensor | None) -> Tensor:
+    """Features behind a convolution, with a ReLU or added onto others."""
+    if onto is not None:
+        return onto + found
+    return functional.relu(found, inplace=True) if relu else found

@@ -1,6 +1,7 @@
-"""Loops that no array operation can express, for numba to compile: a coder's letters, a trellis' paths.
+"""Loops that no array operation can express, for numba to compile: a coder's letters.
 
-Every step of them needs the one before. They are plain Python; `compiled` gives them as machine code, which
+Every step of them needs the one before. They are plain Python, as those of `ucray.codec.rounding` and
+`ucray.codec.arithmetic` are; `compiled` gives them as machine code, which
 numba keeps on disk where it may. Readers can do without (`ucray.codec.entropy`), so that a process that
 reads a chunk or two need not load a compiler. This module imports no torch.
 """
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ucray.codec.arithmetic import BY_LOOPS, Arithmetic
-from ucray.codec.trellis import SPACING
+from ucray.codec.rounding import cheapest_paths, round_alone
 
 Words = npt.NDArray[np.uint32]
 Whole = npt.NDArray[np.int64]
@@ -34,6 +35,7 @@ class Kernels(NamedTuple):
 
     push: Callable[[Whole, Whole], Words]
     pull: Callable[..., tuple[int, int]]
+    round_alone: Callable[..., None]
     cheapest_paths: Callable[..., None]
     arithmetic: Arithmetic
 
@@ -126,73 +128,6 @@ def pull(
     return count, taken
 
 
-def cheapest_paths(
-    size: Floats,
-    slope: Floats,
-    tables: Whole,
-    bits: npt.NDArray[np.float32],
-    shift: int,
-    before: Whole,
-    paths: int,
-    symbols: npt.NDArray[np.int32],
-    second: npt.NDArray[np.bool_],
-) -> None:
-    """Find the sizes of symbols of least squared error + slope * bits (Viterbi 1967), and their quantisers.
-
-    Parameters
-    ----------
-    size, slope
-        Of what is coded, in quantisation steps, and the squared error in squared steps that a bit is worth.
-    tables, bits, shift
-        Of the first quantiser, those of the second are `shift` on; bits (tables, sizes) of a symbol's size.
-    before, paths
-        Of the trellis, and how many paths there are.
-    symbols, second
-        Where the sizes and the quantisers go.
-    """
-    count, largest, states = len(size), bits.shape[1] - 1, before.shape[1]
-    steps = -(-count // paths)
-    choices, odd = np.empty((steps, 4), np.int32), np.empty((steps, states), np.bool_)
-    of_second = (before[0] & 1).astype(np.bool_)
-    total, cost = np.empty(states, np.float32), np.empty(4, np.float32)
-    by_even, by_odd = np.empty(states, np.float32), np.empty(states, np.float32)
-    for path in range(paths):
-        total[:] = np.inf
-        total[0] = 0.0
-        length = (count - path + paths - 1) // paths
-        for step in range(length):
-            number = step * paths + path
-            for branch in range(4):
-                quantiser, parity = branch // 2, branch % 2
-                # The two symbols of this parity between which the value lies.
-                lower = 2 * np.int64(np.floor(((size[number] + quantiser) / SPACING - parity) / 2)) + parity
-                lower = max(lower, np.int64(parity))
-                row = tables[number] + quantiser * shift
-                near = size[number] - max(SPACING * lower - quantiser, 0)
-                far = size[number] - max(SPACING * (lower + 2) - quantiser, 0)
-                near = near * near + slope[number] * bits[row, min(lower, largest)]
-                far = far * far + slope[number] * bits[row, min(lower + 2, largest)]
-                choices[step, branch] = lower + 2 if far < near else lower
-                cost[branch] = np.float32(min(near, far))
-            # Apart from what follows, which a processor does for several states at a time.
-            for state in range(states):
-                by_even[state] = total[before[0, state]]
-                by_odd[state] = total[before[1, state]]
-            even_first, odd_first, even_second, odd_second = cost[0], cost[1], cost[2], cost[3]
-            for state in range(states):
-                one = by_even[state] + (even_second if of_second[state] else even_first)
-                two = by_odd[state] + (odd_second if of_second[state] else odd_first)
-                odd[step, state] = two < one
-                total[state] = min(one, two)
-        state = int(np.argmin(total))
-        for step in range(length - 1, -1, -1):
-            parity = int(odd[step, state])
-            state = before[parity, state]
-            number = step * paths + path
-            symbols[number] = choices[step, 2 * (state & 1) + parity]
-            second[number] = (state & 1) == 1
-
-
 @cache
 def compiled() -> Kernels:
     """The loops as machine code: under a second where it is kept on disk, some seconds where it is not."""
@@ -208,6 +143,7 @@ def compiled() -> Kernels:
     return Kernels(
         to_machine_code(push),
         to_machine_code(pull),
+        to_machine_code(round_alone),
         to_machine_code(cheapest_paths),
         Arithmetic(
             to_machine_code(BY_LOOPS.finish),

@@ -210,7 +210,7 @@ def stored_synthesis(weights: Weights, part: str) -> LinearSynthesis:
     if sizes is not None:
         widths.append(sizes.grid_width / math.prod(config.grid_stride))
     if filter_sizes is not None:
-        widths.append(filter_sizes.width / math.prod(config.filter_cell))
+        widths.append(filter_sizes.width / math.prod(config.filter_cell(filter_sizes)))
     if max(widths, default=0.0) > FEATURES_PER_VOXEL:
         raise WeightsError(f"the weights are damaged: more than {FEATURES_PER_VOXEL} features a voxel")
     least = 0

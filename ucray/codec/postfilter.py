@@ -2,8 +2,8 @@
 
 ::
 
-    x_hat --cells of 2^3--> convolution --> residual convolutions --> pointwise --(+)--> x_hat
-      +---------------------------------------------------------------------------^
+    x_hat --cells--> convolution --> residual convolutions --> pointwise --(+)--> x_hat
+      +----------------------------------------------------------------------^
 
 What rounding takes away is not all lost: what is left of an edge says where the rest of it was. A linear
 transform cannot say so, nor do networks on its cells find it (EXPERIMENTS.md), whose few positions all
@@ -26,6 +26,10 @@ from ucray.grid import Shape3, triple
 
 PLANES: tuple[Shape3, ...] = ((1, 3, 3), (3, 1, 3), (3, 3, 1))
 """Kernels of the convolutions, in turn: three of them see 5^3 cells for the price of one of 3^3."""
+
+
+START = 0.3
+"""Of its usual size, what the second convolution of a pair starts at."""
 
 
 @cache
@@ -52,19 +56,44 @@ class FilterLayer(nn.Module):
         return x + change if torch.is_grad_enabled() else change.add_(x)
 
 
+class FilterPair(nn.Module):
+    """x plus two convolutions of a plane each, scaled and shifted by the quality, with a ReLU between.
+
+    Adding costs a pass over memory, as much as half a convolution: here it is once in two, and within the
+    second.
+    """
+
+    def __init__(self, width: int, kernels: tuple[Shape3, Shape3]) -> None:
+        super().__init__()
+        self.open = _convolution(width, width, kernels[0])
+        self.opened = QualityAffine(width)
+        self.close = _convolution(width, width, kernels[1])
+        self.closed = QualityAffine(width)
+        with torch.no_grad():
+            self.close.weight.mul_(START)
+
+    def forward(self, x: Tensor, quality: Tensor) -> Tensor:
+        """Where nothing is learned `x` is written over."""
+        inner = self.opened.behind(self.open, x, quality, relu=True)
+        return self.closed.behind(self.close, inner, quality, onto=x)
+
+
 class PostFilter(nn.Module):
     """Decoded chunks (batch, 1, z, y, x) at qualities (batch,) to better ones; starts as no change."""
 
     def __init__(self, config: CodecConfig, sizes: FilterConfig) -> None:
         super().__init__()
-        self.cell = config.filter_cell
+        self.cell = config.filter_cell(sizes)
         self.finest = sizes.finest
         voxels = math.prod(self.cell)
         self.enter = _convolution(voxels, sizes.width, PLANES[0])
         self.entered = QualityAffine(sizes.width)
-        self.layers = nn.ModuleList(
-            FilterLayer(sizes.width, PLANES[number % len(PLANES)]) for number in range(1, sizes.layers + 1)
-        )
+        planes = [PLANES[number % len(PLANES)] for number in range(1, sizes.layers + 1)]
+        if sizes.cell is None:
+            self.layers = nn.ModuleList(FilterLayer(sizes.width, plane) for plane in planes)
+        else:
+            pairs = zip(planes[::2], planes[1::2], strict=True)
+            self.layers = nn.ModuleList(FilterPair(sizes.width, pair) for pair in pairs)
         self.leave = Convolution(sizes.width, voxels, 1)
         self.left = QualityAffine(voxels)
         for parameter in self.leave.parameters():

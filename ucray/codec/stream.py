@@ -15,16 +15,16 @@ from ucray.codec import entropy
 from ucray.codec.arithmetic import BY_ARRAYS
 from ucray.codec.context import TABLES, Codes, ContextModel, Tables
 from ucray.codec.entropy import SymbolReader
-from ucray.codec.frequencies import SILENT, FrequencyTables
+from ucray.codec.frequencies import FrequencyTables
 from ucray.codec.kernels import compiled, compiled_where_worth_it
-from ucray.codec.rate import LARGEST_THRESHOLD, LONG_PATH_SHARE, SLOPE
+from ucray.codec.rate import LONG_PATH_SHARE, SLOPE
+from ucray.codec.rounding import LARGEST_SYMBOL
 from ucray.codec.trellis import SPACING, WIDENING, Layout, points_of
 from ucray.codec.viterbi import best_symbols
 from ucray.codec.walk import Walk
 from ucray.errors import ChunkError
 from ucray.grid import Shape3
 
-LARGEST_SYMBOL = 32767
 LARGEST_SCALED = 2.0 * (LARGEST_SYMBOL - 2)
 """Quantisation steps that a symbol on a path can stand for."""
 
@@ -176,30 +176,17 @@ class StreamModel:
         self, scaled: npt.NDArray[np.float64], tables: Tables, slope: npt.NDArray[np.floating]
     ) -> tuple[npt.NDArray[np.int16], Tables]:
         """Symbols for what is coded, in quantisation steps, and their tables."""
-        if not self._dependent:
-            return self._rounded_alone(scaled, tables, slope), tables
         first = self.frequencies.first_dependent
         values, numbers = scaled.reshape(-1), tables.reshape(-1).copy()
         slopes = np.broadcast_to(slope, scaled.shape).reshape(-1)
         layout = Layout.of(numbers, first)
         alone, on_paths = layout.order[: layout.alone], layout.order[layout.alone :]
         symbols = np.zeros(len(numbers), dtype=np.int16)
-        symbols[alone] = self._rounded_alone(
-            values[alone] / SPACING, numbers[alone], slopes[alone] / SPACING**2
-        )
-        coded = np.clip(values[on_paths], -LARGEST_SCALED, LARGEST_SCALED)
-        symbols[on_paths], second = best_symbols(self.frequencies, layout, coded, slopes[on_paths])
-        numbers[on_paths] += ((TABLES - first) * second).astype(np.uint8)
+        spacing = float(SPACING) if self._dependent else 1.0
+        extra_bits = self.frequencies.extra_bits
+        compiled().round_alone(values, slopes, alone, numbers, extra_bits, spacing, symbols)
+        if self._dependent:
+            coded = np.clip(values[on_paths], -LARGEST_SCALED, LARGEST_SCALED)
+            symbols[on_paths], second = best_symbols(self.frequencies, layout, coded, slopes[on_paths])
+            numbers[on_paths] += ((TABLES - first) * second).astype(np.uint8)
         return symbols.reshape(scaled.shape), numbers.reshape(scaled.shape)
-
-    def _rounded_alone(
-        self, scaled: npt.NDArray[np.float64], tables: Tables, slope: npt.NDArray[np.floating]
-    ) -> npt.NDArray[np.int16]:
-        """Of two neighbouring symbols the one with the lower squared error + slope * bits."""
-        size = np.minimum(np.abs(scaled), LARGEST_SYMBOL)
-        lower = np.floor(size)
-        extra = self.frequencies.extra_bits[tables]
-        threshold = 0.5 + slope / 2 * np.where(lower > 0, extra[..., 1], extra[..., 0])
-        rounded = lower + (size - lower > np.clip(threshold, 0.5, LARGEST_THRESHOLD))
-        rounded = np.minimum(rounded, LARGEST_SYMBOL) * (tables != SILENT)
-        return np.asarray(np.copysign(rounded, scaled).astype(np.int16))

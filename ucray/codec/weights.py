@@ -37,7 +37,7 @@ from ucray.config import QUALITIES, CodecConfig
 from ucray.errors import WeightsError
 
 FORMAT = "ucray-weights"
-VERSIONS = (1, 2, 3, 4, 5)
+VERSIONS = (1, 2, 3, 4, 5, 6)
 """Of the format, which is the last part of the key that FORMAT begins, and the zarr codec's: FORMAT.md."""
 
 DECODER_PARTS = ("stream", "student")

@@ -1,0 +1,118 @@
+"""Loops that choose the symbols of a chunk: latents rounded one by one, or along the paths of a trellis.
+
+They are plain Python; `ucray.codec.kernels` gives them as machine code. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ucray.codec.passes import Whole
+from ucray.codec.rate import LARGEST_THRESHOLD
+from ucray.codec.trellis import SPACING
+
+Floats = npt.NDArray[np.float64]
+
+LARGEST_SYMBOL = 32767
+
+
+def round_alone(
+    scaled: Floats,
+    slope: Floats,
+    places: Whole,
+    tables: npt.NDArray[np.uint8],
+    extra_bits: npt.NDArray[np.float32],
+    spacing: float,
+    symbols: npt.NDArray[np.int16],
+) -> None:
+    """Of two neighbouring symbols the one with the lower squared error + slope * bits, one by one.
+
+    Parameters
+    ----------
+    scaled, slope
+        What is coded, in quantisation steps, and the squared error in squared steps that a bit is worth.
+    places
+        Which of them.
+    tables, extra_bits
+        Tables of all of them, and bits (tables, 2) that symbol 1 costs beyond 0, and 2 beyond 1.
+    spacing
+        Quantisation steps from one symbol to the next.
+    symbols
+        Where symbols go.
+    """
+    for place in places:
+        value = scaled[place] / spacing
+        size = min(abs(value), LARGEST_SYMBOL)
+        lower = np.floor(size)
+        extra = extra_bits[tables[place], 1 if lower > 0.0 else 0]
+        threshold = min(max(0.5 + slope[place] / spacing**2 / 2.0 * extra, 0.5), LARGEST_THRESHOLD)
+        found = min(lower + 1.0, LARGEST_SYMBOL) if size - lower > threshold else lower
+        symbols[place] = found if value >= 0.0 else -found
+
+
+def cheapest_paths(
+    size: Floats,
+    slope: Floats,
+    tables: Whole,
+    bits: npt.NDArray[np.float32],
+    shift: int,
+    before: Whole,
+    paths: int,
+    symbols: npt.NDArray[np.int32],
+    second: npt.NDArray[np.bool_],
+) -> None:
+    """Find the sizes of symbols of least squared error + slope * bits (Viterbi 1967), and their quantisers.
+
+    Parameters
+    ----------
+    size, slope
+        Of what is coded, in quantisation steps, and the squared error in squared steps that a bit is worth.
+    tables, bits, shift
+        Of the first quantiser, those of the second are `shift` on; bits (tables, sizes) of a symbol's size.
+    before, paths
+        Of the trellis, and how many paths there are.
+    symbols, second
+        Where the sizes and the quantisers go.
+    """
+    count, largest, states = len(size), bits.shape[1] - 1, before.shape[1]
+    steps = -(-count // paths)
+    choices, odd = np.empty((steps, 4), np.int32), np.empty((steps, states), np.bool_)
+    of_second = (before[0] & 1).astype(np.bool_)
+    total, cost = np.empty(states, np.float32), np.empty(4, np.float32)
+    by_even, by_odd = np.empty(states, np.float32), np.empty(states, np.float32)
+    for path in range(paths):
+        total[:] = np.inf
+        total[0] = 0.0
+        length = (count - path + paths - 1) // paths
+        for step in range(length):
+            number = step * paths + path
+            for branch in range(4):
+                quantiser, parity = branch // 2, branch % 2
+                # The two symbols of this parity between which the value lies.
+                lower = 2 * np.int64(np.floor(((size[number] + quantiser) / SPACING - parity) / 2)) + parity
+                lower = max(lower, np.int64(parity))
+                row = tables[number] + quantiser * shift
+                near = size[number] - max(SPACING * lower - quantiser, 0)
+                far = size[number] - max(SPACING * (lower + 2) - quantiser, 0)
+                near = near * near + slope[number] * bits[row, min(lower, largest)]
+                far = far * far + slope[number] * bits[row, min(lower + 2, largest)]
+                choices[step, branch] = lower + 2 if far < near else lower
+                cost[branch] = np.float32(min(near, far))
+            # Apart from what follows, which a processor does for several states at a time.
+            for state in range(states):
+                by_even[state] = total[before[0, state]]
+                by_odd[state] = total[before[1, state]]
+            even_first, odd_first, even_second, odd_second = cost[0], cost[1], cost[2], cost[3]
+            for state in range(states):
+                one = by_even[state] + (even_second if of_second[state] else even_first)
+                two = by_odd[state] + (odd_second if of_second[state] else odd_first)
+                odd[step, state] = two < one
+                total[state] = min(one, two)
+        state = int(np.argmin(total))
+        for step in range(length - 1, -1, -1):
+            parity = int(odd[step, state])
+            state = before[parity, state]
+            number = step * paths + path
+            symbols[number] = choices[step, 2 * (state & 1) + parity]
+            second[number] = (state & 1) == 1
