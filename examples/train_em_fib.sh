@@ -1,24 +1,21 @@
 #!/bin/sh
-# Trains weights like em-fib-v10: an hour on two CPU cores with units for bfloat16 where nothing else runs. Takes the path or
+# Trains weights like em-fib-v12: an hour on two CPU cores with units for bfloat16 where nothing else runs. Takes the path or
 # URL of FIB-25 sample 1 as OME-Zarr (janelia-flyem/neuroproof_examples, CC BY), the file to write, and a folder for checkpoints,
 # from which a run that was cut off goes on. How em-fib-v1, which it starts from, was made is in its card. With sample 2 as
-# a fourth argument, weights like em-fib-v11 come out: they learn from both volumes.
+# a fourth argument, weights like em-fib-v13 come out: they learn from both volumes.
 set -eu
 [ -e "$2.plain" ] || ucray train "$1" "$2.plain" --init em-fib-v1 --keep-stream --train-steps 0 --student-steps 1 --learning-rate 1e-5
 # em-fib-v2
 [ -e "$2.filtered" ] || ucray train "$1" "$2.filtered" --init "$2.plain" --keep-stream --student-filter 16,2,160 \
   --teacher-filter 16,6,160 --train-steps 1100 --student-steps 450 --learning-rate 1e-3 --seed 4 --storage "$3"
 # Without --keep-stream the first group is interlaced from here on, symbols come to lie on paths through 256 states, and are counted
-# anew. The student's filter is as large as the teacher's now, starts as it, and goes beyond it.
+# anew. The student's filter starts anew, and goes beyond the teacher's.
 if [ $# -lt 4 ]; then
-  [ -e "$2.long" ] || ucray train "$1" "$2.long" --init "$2.filtered" --student-filter 16,6,192 --untaught --train-steps 0 \
-    --student-steps 5500 --learning-rate 1e-3 --seed 10 --storage "$3"
-  ucray train "$1" "$2" --init "$2.long" --student-filter 16,6,224 --untaught --train-steps 0 --student-steps 4000 \
-    --learning-rate 7e-4 --seed 12 --storage "$3"
+  ucray train "$1" "$2" --init "$2.filtered" --student-filter 32,6,224,2,4,4 --untaught --train-steps 0 --student-steps 8500 \
+    --learning-rate 1e-3 --seed 20 --storage "$3"
 else
-  # em-fib-v9, but for its filter.
   [ -e "$2.both" ] || ucray train "$1" "$2.both" --also "$4" --init "$2.filtered" --train-steps 500 --student-steps 150 \
     --learning-rate 1.5e-3 --storage "$3"
-  ucray train "$1" "$2" --also "$4" --init "$2.both" --student-filter 16,6,224 --untaught --train-steps 0 --student-steps 3800 \
-    --learning-rate 1e-3 --seed 13 --storage "$3"
+  ucray train "$1" "$2" --also "$4" --init "$2.both" --student-filter 32,6,224,2,4,4 --untaught --train-steps 0 \
+    --student-steps 5500 --learning-rate 1e-3 --seed 21 --storage "$3"
 fi

@@ -27,9 +27,9 @@ DIGESTS = {
     "em-fib-v4": "23b25959ac01fb8bd867fbfba57c5c6f0c2975fd951d5c5b92fb4727d227df72",
     "em-fib-v6": "68e9528a32aced4b07a541904de41c3bd105c131e3f9432d478d35ce41caf322",
     "em-fib-v8": "22e554a67c774c93ef9ff7532b8b9924f8c78d887856e92ade6af8cb16ddacb2",
-    "em-fib-v9": "bef5f83a059b8d76c731afdb17f17fa9582eb44e340a72e84a815aa9ab96f79f",
     "em-fib-v10": "9760c8a12e38aa923be2f9ed639a09f59b3ccdc79e77de98d1dbf02a58365bf0",
     "em-fib-v11": "db924d45a05ac8e64f83ee2c890006d6d6194a74d0285b292fe597fdb0cc40d7",
+    "em-fib-v12": "5a7ad3d1975dbf431f57cccfaa71d84e2a83ff8ce769a35aedbca923261122a1",
 }
 
 FORMAT = ChunkFormat((64, 64, 64), "uint8", 0.0, 128.0, 30.0)
@@ -97,7 +97,7 @@ def test_the_second_codes_as_the_first_and_decodes_better() -> None:
         # Coarser ones are rounded by another slope since than its symbols were counted at.
         ("em-fib-v6", "em-fib-v8", (170, 200)),
         ("em-fib-v8", "em-fib-v10", (20, 60, 136, 200)),
-        ("em-fib-v9", "em-fib-v11", (20, 60, 136, 200)),
+        ("em-fib-v10", "em-fib-v12", (20, 60, 136, 200)),
     ],
 )
 def test_error_and_bytes_together_are_less_than_with_the_weights_before(

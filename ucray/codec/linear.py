@@ -16,11 +16,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ucray.codec.cells import cells_to_volume, volume_to_cells
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.convolution import Convolution
 from ucray.codec.lapping import Lapping
 from ucray.codec.postfilter import PostFilter, computed_in
-from ucray.codec.wavelet import WaveletPacket, cells_to_volume, volume_to_cells
+from ucray.codec.wavelet import WaveletPacket
 from ucray.config import CodecConfig, FilterConfig
 
 

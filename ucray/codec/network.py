@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ucray.codec.cells import cells_to_volume
 from ucray.codec.codebook import spread
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.convolution import Convolution
 from ucray.codec.inr import CoordinateNetwork, cell_coordinates
 from ucray.codec.linear import LinearAnalysis, LinearSynthesis, in_float32
-from ucray.codec.wavelet import cells_to_volume
 from ucray.codec.weights import Weights
 from ucray.config import AnalysisConfig, CodecConfig, FilterConfig, SynthesisConfig
 from ucray.errors import WeightsError

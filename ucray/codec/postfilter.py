@@ -19,6 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from ucray.codec.cells import channels_to_volume, volume_to_channels
 from ucray.codec.conditioning import QualityAffine
 from ucray.codec.convolution import Convolution
 from ucray.config import CodecConfig, FilterConfig
@@ -104,37 +105,17 @@ class PostFilter(nn.Module):
 
     def change(self, x: Tensor, quality: Tensor) -> Tensor:
         """What is added to chunks, in as many bits as it is computed in."""
-        cells = channels_first_cells(x.to(computed_in(x)), self.cell)
-        cells = cells.contiguous(memory_format=torch.channels_last_3d)
+        cells = volume_to_channels(x.to(computed_in(x)), self.cell)
         features = self.entered.behind(self.enter, cells, quality, relu=True)
         for layer in self.layers:
             features = layer(features, quality)
-        return channels_first_volume(self.left.behind(self.leave, features, quality), self.cell)
+        return channels_to_volume(self.left.behind(self.leave, features, quality), self.cell)
 
 
 def computed_in(x: Tensor) -> torch.dtype:
     """What a chunk's features are computed in: fewer bits where the processor has a unit for them."""
     alone = len(x) == 1 and x.device.type == "cpu" and not torch.is_grad_enabled()
     return torch.bfloat16 if alone and fast_in_bfloat16() else x.dtype
-
-
-def channels_first_cells(volume: Tensor, cell: Shape3) -> Tensor:
-    """Volumes (batch, 1, Z, Y, X) as cells (batch, voxels of a cell, z, y, x).
-
-    Laid out several times as fast as with a cell's few voxels side by side.
-    """
-    batch, _, z, y, x = volume.shape
-    a, b, c = cell
-    values = volume.reshape(batch, z // a, a, y // b, b, x // c, c).permute(0, 2, 4, 6, 1, 3, 5)
-    return values.reshape(batch, a * b * c, z // a, y // b, x // c)
-
-
-def channels_first_volume(cells: Tensor, cell: Shape3) -> Tensor:
-    """Undo `channels_first_cells`."""
-    batch, _, z, y, x = cells.shape
-    a, b, c = cell
-    values = cells.reshape(batch, a, b, c, z, y, x).permute(0, 4, 1, 5, 2, 6, 3)
-    return values.reshape(batch, 1, z * a, y * b, x * c)
 
 
 def _convolution(inputs: int, outputs: int, kernel: Shape3) -> Convolution:

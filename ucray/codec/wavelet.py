@@ -89,22 +89,6 @@ class WaveletPacket(nn.Module):
         return extended
 
 
-def cells_to_volume(values: Tensor, cell: Shape3) -> Tensor:
-    """Lay values (batch, z, y, x, voxels of a cell) out as a volume (batch, 1, Z, Y, X)."""
-    batch, z, y, x, _ = values.shape
-    a, b, c = cell
-    values = values.reshape(batch, z, y, x, a, b, c).permute(0, 1, 4, 2, 5, 3, 6)
-    return values.reshape(batch, 1, z * a, y * b, x * c)
-
-
-def volume_to_cells(volume: Tensor, cell: Shape3) -> Tensor:
-    """Undo `cells_to_volume`: (batch, 1, Z, Y, X) to (batch, z, y, x, voxels of a cell)."""
-    batch, _, z, y, x = volume.shape
-    a, b, c = cell
-    values = volume.reshape(batch, z // a, a, y // b, b, x // c, c).permute(0, 1, 3, 5, 2, 4, 6)
-    return values.reshape(*values.shape[:4], a * b * c)
-
-
 LARGEST_BANK = 1 << 24
 """Numbers in the filters of three axes together."""
 
