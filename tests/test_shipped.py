@@ -28,8 +28,8 @@ DIGESTS = {
     "em-fib-v6": "68e9528a32aced4b07a541904de41c3bd105c131e3f9432d478d35ce41caf322",
     "em-fib-v8": "22e554a67c774c93ef9ff7532b8b9924f8c78d887856e92ade6af8cb16ddacb2",
     "em-fib-v10": "9760c8a12e38aa923be2f9ed639a09f59b3ccdc79e77de98d1dbf02a58365bf0",
-    "em-fib-v11": "db924d45a05ac8e64f83ee2c890006d6d6194a74d0285b292fe597fdb0cc40d7",
     "em-fib-v12": "5a7ad3d1975dbf431f57cccfaa71d84e2a83ff8ce769a35aedbca923261122a1",
+    "em-fib-v13": "00a6011cb66c4fa62f3e86e21f2b133dd1852599ff7c8479e175678ade8aad6b",
 }
 
 FORMAT = ChunkFormat((64, 64, 64), "uint8", 0.0, 128.0, 30.0)
@@ -56,7 +56,7 @@ def test_what_they_learnt_from_is_named_without_a_machine_s_paths(name: str) -> 
 
 
 def test_they_serve_isotropic_volumes_alone() -> None:
-    assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v11"
+    assert shipped_for(config_for_voxels((8.0, 8.0, 8.0))) == "em-fib-v13"
     assert shipped_for(config_for_voxels((50.0, 4.6, 4.6))) is None
 
 
@@ -64,8 +64,8 @@ def test_compress_takes_them_by_default_and_says_so(tmp_path: Path) -> None:
     source, archive = str(tmp_path / "em.zarr"), str(tmp_path / "em.ucray")
     ucray.synth(source, (64, 64, 128), seed=1)
     report = ucray.compress(source, archive, run_options=ucray.RunOptions(serial=True))
-    assert report.weights == "em-fib-v11"
-    assert ucray.info(archive)["weights_digest"] == DIGESTS["em-fib-v11"]
+    assert report.weights == "em-fib-v13"
+    assert ucray.info(archive)["weights_digest"] == DIGESTS["em-fib-v13"]
     found = ucray.verify(archive, source, serial=True)
     assert found.clean
     plan = CliRunner().invoke(app, ["compress", source, "DST", "--weights", "em-fib-v1", "--dry-run"])

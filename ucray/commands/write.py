@@ -83,7 +83,10 @@ def train(
     ] = None,
     student_filter: Annotated[
         str | None,
-        typer.Option(help="The student's post-filter: width, layers, finest quality, as 16,2,160."),
+        typer.Option(
+            help="The student's post-filter: width, layers, finest quality, as 16,2,160, and if it has "
+            "cells of its own their voxels z, y, x, as 32,6,160,2,4,4."
+        ),
     ] = None,
     teacher_filter: Annotated[
         str | None, typer.Option(help="The teacher's post-filter, as 32,6,160.")
