@@ -43,7 +43,7 @@ def copy_bytes() -> None:
         self._packs = False
 
     def drafts(self: Any, index: Any, voxels: np.ndarray[Any, Any], weights: None) -> list[Draft]:
-        return [Draft(index, b"", b"", voxels.tobytes(), 0, None, ErrorSum(voxels.size))]
+        return [Draft(index, b"", b"", voxels.tobytes(), None, ErrorSum(voxels.size))]
 
     worker.ShardEncoder.__init__ = start  # type: ignore[method-assign]
     worker.ShardEncoder.drafts = drafts  # type: ignore[assignment,method-assign]

@@ -36,24 +36,22 @@ from ucray.quality import ErrorSum
 RAW_LEVEL = 3
 """zstd level of raw chunks."""
 
-RAW_PART = 8
-"""Of the voxels of a chunk, the part that is packed to learn whether the whole could be worth it."""
+RAW_PARTS = (64, 8)
+"""Of a chunk's voxels, the parts that are packed to learn whether the whole could be worth it."""
 
 
 @dataclass(frozen=True)
 class Draft:
     """One chunk between the two halves of encoding: integers, no voxels.
 
-    `symbols` belong to a neural chunk; `value` to a constant one; `residual` to a bounded one. `raw` are
-    voxels, little-endian, where they might be packed to less, `least` a number of bytes below which they are
-    not. `error` is that of the neural form.
+    `symbols` belong to a neural chunk; `value` to a constant one; `raw`, voxels in their bytes, to any other,
+    which they may be packed shorter than; `residual` to a bounded one. `error` is that of the neural form.
     """
 
     origin: Shape3 | None
     mask: bytes
     value: bytes
     raw: bytes
-    least: int
     symbols: Symbols | None
     error: ErrorSum
     residual: Residual | None = None
@@ -228,12 +226,11 @@ class ChunkEncoder:
             return None
         padded = self._padded(voxels)
         packed_mask = pack_mask(fill_mask(padded, self.format.fill_value)) if mask.any() else b""
-        draft = Draft(origin, packed_mask, b"", b"", 0, None, ErrorSum(voxels.size))
+        draft = Draft(origin, packed_mask, b"", b"", None, ErrorSum(voxels.size))
         kept = voxels[~mask] if mask.any() else voxels.reshape(-1)
         if kept.min() == kept.max():
             return replace(draft, value=_little_endian(kept[0]))
-        raw = _little_endian(padded)
-        return replace(draft, raw=raw, least=len(_packed(raw[: len(raw) // RAW_PART])))
+        return replace(draft, raw=_little_endian(padded))
 
     def _fits(self, draft: Draft, voxels: Voxels) -> bool:
         """Whether a chunk is one for the networks: no constant, and every voxel a number."""
@@ -250,9 +247,7 @@ class ChunkEncoder:
         error = ErrorSum.between(voxels, keep_off_fill(decoded[inside], mask, self.format.fill_value))
         if not (finite and math.isfinite(error.squared)):
             return replace(draft, mask=b"")
-        # At worst a letter takes 24 bits, an escape 3 bytes more: a raw form longer than that cannot win.
-        keep_raw = draft.least < 6 * len(symbols) + 3 * symbols.codes.size + 16
-        return replace(draft, raw=draft.raw if keep_raw else b"", symbols=symbols, error=error)
+        return replace(draft, symbols=symbols, error=error)
 
     def _bounded_draft(
         self, prepared: Prepared, finite: bool, symbols: Symbols, coded: CodedLatents
@@ -321,8 +316,10 @@ def pack(draft: Draft | None, stream: StreamModel, stream_digest: str) -> Packed
         data = write_chunk(Chunk(Kind.CONSTANT, draft.origin, draft.mask, draft.value), digest)
         return Packed(data, Kind.CONSTANT, draft.error)
     coded = None if draft.symbols is None else _coded(draft, draft.symbols, stream, digest)
-    if coded is not None and (not draft.raw or len(coded.data) <= draft.least):
-        return coded
+    if coded is not None:
+        for part in RAW_PARTS:
+            if len(_packed(draft.raw[: len(draft.raw) // part])) >= len(coded.data):
+                return coded
     raw = write_chunk(Chunk(Kind.RAW, draft.origin, b"", _packed(draft.raw)), digest)
     if coded is not None and len(coded.data) < len(raw):
         return coded
