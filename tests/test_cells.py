@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -44,9 +46,16 @@ def test_a_cell_has_its_voxels_row_major(
         assert torch.equal(channels_to_volume(channels.contiguous(), cell), volume)
 
 
-def test_gradients_pass() -> None:
+@pytest.mark.parametrize(
+    "there_and_back",
+    [
+        lambda volume, cell: cells_to_volume(volume_to_cells(volume, cell), cell),
+        lambda volume, cell: channels_to_volume(volume_to_channels(volume, cell), cell),
+    ],
+)
+def test_gradients_pass(there_and_back: Callable[[Tensor, Shape3], Tensor]) -> None:
     volume = numbered((2, 2, 2), (2, 2, 4), torch.float32).requires_grad_()
     weight = torch.arange(volume.numel(), dtype=torch.float32).reshape(volume.shape)
-    (channels_to_volume(volume_to_channels(volume, (2, 2, 4)), (2, 2, 4)) * weight).sum().backward()  # type: ignore[no-untyped-call]
+    (there_and_back(volume, (2, 2, 4)) * weight).sum().backward()  # type: ignore[no-untyped-call]
     assert volume.grad is not None
     assert torch.equal(volume.grad, weight)

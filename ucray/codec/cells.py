@@ -19,19 +19,20 @@ def cells_to_volume(values: Tensor, cell: Shape3) -> Tensor:
     """Lay values (batch, z, y, x, voxels of a cell) out as a volume (batch, 1, Z, Y, X)."""
     batch, z, y, x, _ = values.shape
     a, b, _ = cell
-    rows = _in_rows(values, cell)
+    wide = _wide(values, cell)
+    rows = values if wide is None else values.view(wide)
     laid = rows.reshape(batch, z, y, x, a, b, -1).permute(0, 1, 4, 2, 5, 3, 6)
-    # Where nothing has to move, a row of one number keeps a stride that no narrower number may have.
-    return laid.reshape(-1).view(values.dtype).reshape(batch, 1, z * a, y * b, -1)
+    return _narrow(laid, values.dtype).reshape(batch, 1, z * a, y * b, -1)
 
 
 def volume_to_cells(volume: Tensor, cell: Shape3) -> Tensor:
     """Undo `cells_to_volume`: (batch, 1, Z, Y, X) to (batch, z, y, x, voxels of a cell)."""
     batch, _, z, y, x = volume.shape
     a, b, c = cell
-    rows = _in_rows(volume, cell)
+    wide = _wide(volume, cell)
+    rows = volume if wide is None else volume.view(wide)
     laid = rows.reshape(batch, z // a, a, y // b, b, x // c, -1).permute(0, 1, 3, 5, 2, 4, 6)
-    return laid.reshape(-1).view(volume.dtype).reshape(batch, z // a, y // b, x // c, -1)
+    return _narrow(laid, volume.dtype).reshape(batch, z // a, y // b, x // c, -1)
 
 
 def volume_to_channels(volume: Tensor, cell: Shape3) -> Tensor:
@@ -57,14 +58,17 @@ def channels_to_volume(channels: Tensor, cell: Shape3) -> Tensor:
     return laid.reshape(batch, 1, z * a, y * b, x * c)
 
 
-def _in_rows(values: Tensor, cell: Shape3) -> Tensor:
-    """The same memory, with the voxels of a cell that lie in a row as one number if that can be."""
-    wide = _wide(values, cell)
-    return values if wide is None else values.view(wide)
-
-
 def _wide(values: Tensor, cell: Shape3) -> torch.dtype | None:
     """The number as wide as a row of a cell's voxels; None where there is none, or gradients are wanted."""
     if torch.is_grad_enabled() or not values.is_contiguous():
         return None
     return WIDE.get(cell[2] * values.element_size())
+
+
+def _narrow(laid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in their order, as those that they stand for."""
+    if laid.dtype == dtype:
+        # A view of another type, be it the same, has no gradient.
+        return laid
+    # Where nothing has to move, a row of one number keeps a stride that no narrower number may have.
+    return laid.reshape(-1).view(dtype)
