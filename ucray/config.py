@@ -138,8 +138,7 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("what is interlaced is the first half of a checkerboard")
         if self.trellis_states != 8 and self.first_dependent is None:
             raise ValueError("trellis_states are of symbols that lie on paths: give first_dependent too")
-        for sizes in (self.teacher_filter, self.student_filter):
-            cell = self.latent_cell if sizes is None else self.filter_cell(sizes)
+        for cell in map(self.filter_cell, self._filters):
             if any(whole % part for whole, part in zip(self.latent_cell, cell, strict=True)):
                 raise ValueError(f"a filter's cells of {cell} voxels do not fill those of {self.latent_cell}")
 
@@ -172,8 +171,7 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def version(self) -> int:
         """Version of the weights' format: the first that knows all of this."""
-        filters = [sizes for sizes in (self.teacher_filter, self.student_filter) if sizes is not None]
-        if any(sizes.cell is not None for sizes in filters):
+        if any(sizes.cell is not None for sizes in self._filters):
             return 6
         if self.trellis_states != 8:
             return 5
@@ -181,7 +179,7 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return 4
         if self.first_dependent is not None:
             return 3
-        return 2 if filters or self.teacher is None else 1
+        return 2 if self._filters or self.teacher is None else 1
 
     @property
     def latents(self) -> int:
@@ -202,6 +200,10 @@ class CodecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def stride(self) -> Shape3:
         """Voxels per codebook code; a chunk is a multiple of this on each axis."""
         return triple(a * b for a, b in zip(self.latent_cell, self.code_stride, strict=True))
+
+    @property
+    def _filters(self) -> list[FilterConfig]:
+        return [sizes for sizes in (self.teacher_filter, self.student_filter) if sizes is not None]
 
     def filter_cell(self, sizes: FilterConfig) -> Shape3:
         """Voxels of a cell of a post-filter: its own, or two along each axis that the wavelet halves."""

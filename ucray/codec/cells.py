@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ucray.grid import Shape3
 
-WIDE = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
+BY_BYTES = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """Numbers by their bytes; what they stand for does not matter where they are copied."""
 
 
@@ -49,20 +49,14 @@ def volume_to_channels(volume: Tensor, cell: Shape3) -> Tensor:
 
 def channels_to_volume(channels: Tensor, cell: Shape3) -> Tensor:
     """Undo `volume_to_channels`."""
-    last = channels.permute(0, 2, 3, 4, 1)
-    if _wide(last, cell) is not None:
-        return cells_to_volume(last, cell)
-    batch, _, z, y, x = channels.shape
-    a, b, c = cell
-    laid = channels.reshape(batch, a, b, c, z, y, x).permute(0, 4, 1, 5, 2, 6, 3)
-    return laid.reshape(batch, 1, z * a, y * b, x * c)
+    return cells_to_volume(channels.permute(0, 2, 3, 4, 1), cell)
 
 
 def _wide(values: Tensor, cell: Shape3) -> torch.dtype | None:
     """The number as wide as a row of a cell's voxels; None where there is none, or gradients are wanted."""
     if torch.is_grad_enabled() or not values.is_contiguous():
         return None
-    return WIDE.get(cell[2] * values.element_size())
+    return BY_BYTES.get(cell[2] * values.element_size())
 
 
 def _narrow(laid: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,9 @@
 
 What rounding takes away is not all lost: what is left of an edge says where the rest of it was. A linear
 transform cannot say so, nor do networks on its cells find it (EXPERIMENTS.md), whose few positions all
-differ; this one is the same at every second voxel. Filters behind a decoder are as old as HEVC's; with
-convolutions: Dong et al. 2015, "Compression artifacts reduction by a deep convolutional network".
+differ; this one is the same at every cell of a few voxels. Filters behind a decoder are as old as
+HEVC's; with convolutions: Dong et al. 2015, "Compression artifacts reduction by a deep convolutional
+network".
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from ucray.grid import Shape3, triple
 
 PLANES: tuple[Shape3, ...] = ((1, 3, 3), (3, 1, 3), (3, 3, 1))
 """Kernels of the convolutions, in turn: three of them see 5^3 cells for the price of one of 3^3."""
-
 
 START = 0.3
 """Of its usual size, what the second convolution of a pair starts at."""

@@ -182,7 +182,7 @@ class StreamModel:
         layout = Layout.of(numbers, first)
         alone, on_paths = layout.order[: layout.alone], layout.order[layout.alone :]
         symbols = np.zeros(len(numbers), dtype=np.int16)
-        spacing = float(SPACING) if self._dependent else 1.0
+        spacing = float(self.context.spacing)
         extra_bits = self.frequencies.extra_bits
         compiled().round_alone(values, slopes, alone, numbers, extra_bits, spacing, symbols)
         if self._dependent:

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from ucray.codec.arithmetic import BY_ARRAYS, Arithmetic
+from ucray.codec.arithmetic import Arithmetic
 from ucray.codec.context import (
     FEATURE_UNITS,
     HIDDEN_UNITS,
@@ -36,9 +36,7 @@ class Walk:
     `latents` are whole numbers (z, y, x, latents), zero until their pass was.
     """
 
-    def __init__(
-        self, model: ContextModel, codes: Codes, quality: int, arithmetic: Arithmetic = BY_ARRAYS
-    ) -> None:
+    def __init__(self, model: ContextModel, codes: Codes, quality: int, arithmetic: Arithmetic) -> None:
         stride = model.code_stride
         shape = triple(n * s for n, s in zip(codes.shape[1:], stride, strict=True))
         self.latents = np.zeros((*shape, model.latents), dtype=np.int64)
