@@ -27,6 +27,15 @@ def test_error_of_unsigned_voxels_does_not_wrap_around() -> None:
     assert ErrorSum.between(original, decoded) == ErrorSum(3, 2 * 255.0**2, 255.0)
 
 
+@pytest.mark.parametrize("kind", ["u1", "i1", "u2", "i2", "u4", "i4", ">u2"])
+def test_the_largest_error_of_every_type_is_exact(kind: str) -> None:
+    limits = np.iinfo(np.dtype(kind))
+    original, decoded = np.array([limits.min] * 3, kind), np.array([limits.max] * 3, kind)
+    largest = float(limits.max) - float(limits.min)
+    assert ErrorSum.between(original, decoded) == ErrorSum(3, 3 * largest**2, largest)
+    assert ErrorSum.between(decoded, original) == ErrorSum(3, 3 * largest**2, largest)
+
+
 @given(volumes, volumes)
 def test_error_is_the_sum_over_voxels(
     original: npt.NDArray[np.uint8], decoded: npt.NDArray[np.uint8]

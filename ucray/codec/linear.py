@@ -24,6 +24,9 @@ from ucray.codec.postfilter import PostFilter, computed_in
 from ucray.codec.wavelet import WaveletPacket
 from ucray.config import CodecConfig, FilterConfig
 
+FINEST_IN_FEWER_BITS = 200.0
+"""Up to here what rounding loses is far above what bfloat16 does, where a processor has units for it."""
+
 
 class LinearTransform(nn.Module):
     """What both directions are made of: lapping and wavelet packet; `linear`, a layer, is each one's own."""
@@ -76,7 +79,8 @@ class LinearAnalysis(LinearTransform):
             Qualities (batch,); what is linear is the same at all of them.
         """
         with in_float32(x):
-            y = self.latents(x)
+            fewer = bool((quality <= FINEST_IN_FEWER_BITS).all())
+            y = self.latents(x.to(computed_in(x)) if fewer else x).float()
         grid = [n // s for n, s in zip(y.shape[2:], self.code_stride, strict=True)]
         return y, y.new_zeros(len(y), 0, *grid)
 
