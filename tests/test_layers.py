@@ -16,6 +16,7 @@ ROOT = Path(ucray.__file__).parent
 
 FLOORS = {
     "ucray.errors": (1, 0),
+    "ucray.loading": (1, 0),
     "ucray.quality": (1, 0),
     # Floor 2 has steps: the codec stands on its settings, the settings on whole-number geometry.
     "ucray.grid": (2, 0),

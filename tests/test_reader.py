@@ -173,6 +173,26 @@ def test_reading_takes_nothing_that_makes_archives(archive: str, read: str) -> N
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_opening_does_not_search_all_objects_and_leaves_collecting_as_it_was(archive: str) -> None:
+    """In a fresh process: torch's objects are many."""
+    code = f"""
+import gc, torch
+import ucray
+looked = []
+gc.callbacks.append(lambda phase, found: looked.append(found["generation"]))
+opened = ucray.open({archive!r})
+assert 2 not in looked
+assert gc.isenabled()
+gc.disable()
+try:
+    ucray.open("/nowhere")
+except ucray.UcrayError:
+    pass
+assert not gc.isenabled()
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 @pytest.mark.parametrize(("device", "told"), [("cpu", None), ("auto", None), ("tpu", "UCRAY_DEVICE=tpu")])
 def test_the_device_of_a_reader_is_asked_for(
     archive: str, voxels: Any, monkeypatch: pytest.MonkeyPatch, device: str, told: str | None

@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from ucray.loading import nothing_collected
+
 if TYPE_CHECKING:
     from ucray.cluster.compress import JobReport
     from ucray.cluster.connection import Connection
@@ -92,4 +94,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'ucray' has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+    with nothing_collected():
+        return getattr(import_module(_PLACES[name]), name)

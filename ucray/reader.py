@@ -20,6 +20,7 @@ import zarr.errors
 
 from ucray.errors import ArchiveError, SettingsError
 from ucray.grid import Box, Shape3, triple
+from ucray.loading import nothing_collected
 from ucray.resample import Scale3, scaled_shape, tiles
 from ucray.storage.space import SPATIAL, multiscale_of, multiscale_space
 
@@ -47,9 +48,11 @@ def open(url: str, storage_options: Mapping[str, Any] | None = None) -> Reader:
         If there is no archive.
     """
     try:
-        group = zarr.open_group(url, mode="r", storage_options=dict(storage_options or {}) or None)
-        array = group[ARRAY]
-        settings = cast(Any, group.attrs.asdict()["ucray"])
+        # zarr loads the codec when it meets its name.
+        with nothing_collected():
+            group = zarr.open_group(url, mode="r", storage_options=dict(storage_options or {}) or None)
+            array = group[ARRAY]
+            settings = cast(Any, group.attrs.asdict()["ucray"])
     except (FileNotFoundError, zarr.errors.BaseZarrError, KeyError, ValueError, TypeError):
         raise ArchiveError(f"{url} holds no ucray archive, or does not exist") from None
     if not isinstance(array, zarr.Array) or not isinstance(settings, Mapping):
