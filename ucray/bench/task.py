@@ -1,6 +1,6 @@
 """Whether what a codec leaves can still be traced: membranes and neurons found in it against those of labels.
 
-The half of the volume that a tracer learns from is never coded; every codec codes the other half.
+Every half of the volume is looked at by a tracer that learnt from the other, and from the original alone.
 """
 
 from __future__ import annotations
@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
-from ucray.bench.ours import VolumeCodec
 from ucray.bench.outlines import Panel
-from ucray.bench.peers import PEERS, Peer
+from ucray.bench.peers import PEERS
+from ucray.bench.recoded import decoded_at, missing_reason
 from ucray.bench.run import OURS
-from ucray.bench.samples import Samples, blocks
+from ucray.bench.samples import blocks
 from ucray.bench.tissue import Labels, Tracer, Volume, f1, information, rand_error
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
@@ -42,7 +41,7 @@ DRAWS = 2000
 """Of blocks with replacement, for the intervals."""
 
 BLOCKS = (2, 2, 2)
-"""Parts of the tested half along each axis; figures are means over them."""
+"""Parts of each half along each axis; figures are means over them."""
 
 Watch = Callable[[str], None]
 
@@ -51,7 +50,7 @@ Watch = Callable[[str], None]
 class Score:
     """One figure of one codec: its mean over blocks, and the same less the original's with a 95 % interval.
 
-    `ratio` and `psnr` are those of the coded half.
+    `ratio` and `psnr` are those of the whole volume.
     """
 
     codec: str
@@ -134,10 +133,10 @@ def run_task(
     data_range: float,
     watch: Watch = lambda codec: None,
 ) -> Traced:
-    """Learn on one half along y, code the other with every codec, and trace in what comes back.
+    """Code a volume with every codec, and trace in each half of what comes back as its other half taught.
 
-    A peer is taken at its coarsest setting that spends no fewer bytes than `ratios` ask for, and that is
-    looked for between those of the benchmark.
+    Halves lie along y. A peer is taken at its coarsest setting that spends no fewer bytes than `ratios` ask
+    for, and that is looked for between those of the benchmark.
 
     Raises
     ------
@@ -152,104 +151,77 @@ def run_task(
     chosen = tuple(codecs) or CODECS
     if unknown := sorted(set(chosen) - {*OURS, *PEERS, MEMBRANES}):
         raise SettingsError(f"--codecs {','.join(unknown)}: not known")
-    shape = triple(iter(given.voxels.shape))
-    half = shape[1] // 2
-    learnt = given.part(Box((0, 0, 0), (shape[0], half, shape[2])))
-    tested = given.part(Box((0, half, 0), shape))
     watch("learning")
-    segments = learnt.segments if task == "segmentation" else None
-    tracer = Tracer.trained(
-        learnt.voxels, learnt.membrane, learnt.known, segments, flat=given.flat, seed=SEED
-    )
+    halves = _halves(task, given)
+    voxels = given.voxels
     watch(ORIGINAL)
-    found = Found.of(task, tracer, tested.voxels)
-    before = _figures(found, tested)
+    before, shown = _looked_at(task, halves, voxels)
     scores = list(_scores(ORIGINAL, math.nan, 1.0, math.inf, before, before))
-    panels = [Panel.of(ORIGINAL, math.nan, 1.0, tested.voxels, found.shown)]
+    panels = [Panel.of(ORIGINAL, math.nan, 1.0, halves[-1].of(voxels), shown)]
     missing: dict[str, str] = {}
     for name in chosen:
         watch(name)
-        if (reason := _missing(name, weights)) is not None:
+        if (reason := missing_reason(name, weights)) is not None:
             missing[name] = reason
             continue
-        importance = 1.0 + MEMBRANE_GAIN * tracer.membranes(tested.voxels) if name == MEMBRANES else None
-        for wanted, ratio, decoded in _decoded(name, tested.voxels, weights, chunk, ratios, importance):
-            found = Found.of(task, tracer, decoded)
-            psnr = ErrorSum.between(tested.voxels, decoded).psnr(data_range)
-            scores += _scores(name, wanted, ratio, psnr, _figures(found, tested), before)
-            panels.append(Panel.of(name, wanted, ratio, decoded, found.shown))
+        importance = _membranes(halves, voxels) if name == MEMBRANES else None
+        for wanted, ratio, decoded in decoded_at(name, voxels, weights, chunk, ratios, importance):
+            found, shown = _looked_at(task, halves, decoded)
+            psnr = ErrorSum.between(voxels, decoded).psnr(data_range)
+            scores += _scores(name, wanted, ratio, psnr, found, before)
+            panels.append(Panel.of(name, wanted, ratio, halves[-1].of(decoded), shown))
         reached = {score.wanted for score in scores if score.codec == name}
         if unreached := [f"{ratio:g}" for ratio in ratios if ratio not in reached]:
             missing[f"{name} at {', '.join(unreached)}"] = "no setting is so fine, or none so coarse"
     return Traced(tuple(scores), missing, tuple(panels))
 
 
-def _missing(name: str, weights: Weights | None) -> str | None:
-    if name in PEERS:
-        return PEERS[name].missing()
-    return "no weights were given" if weights is None else None
+@dataclass(frozen=True)
+class _Half:
+    """One half of a volume, and a tracer that learnt from the other."""
+
+    box: Box
+    known: Labelled
+    tracer: Tracer
+
+    def of(self, volume: Volume) -> Volume:
+        return volume[self.box.slices]
 
 
-def _decoded(
-    name: str,
-    volume: Volume,
-    weights: Weights | None,
-    chunk: Shape3,
-    ratios: Sequence[float],
-    importance: npt.NDArray[np.floating] | None,
-) -> Iterator[tuple[float, float, Volume]]:
-    """Ratio asked for, ratio, and voxels of a codec that is there."""
-    if name in PEERS:
-        yield from _peer(PEERS[name], volume, chunk, ratios)
-        return
-    assert weights is not None
-    with VolumeCodec(volume, weights, chunk, math.nan, importance) as codec:
-        for wanted in ratios:
-            coded = codec.encode(codec.quality_for(wanted))
-            yield wanted, volume.nbytes / coded.nbytes, codec.decode(coded, OURS.get(name, "student"))
+def _halves(task: str, given: Labelled) -> list[_Half]:
+    shape = triple(iter(given.voxels.shape))
+    middle = (0, shape[1] // 2, 0)
+    boxes = Box((0, 0, 0), (shape[0], middle[1], shape[2])), Box(middle, shape)
+    parts = [given.part(box) for box in boxes]
+    tracers = [
+        Tracer.trained(
+            part.voxels,
+            part.membrane,
+            part.known,
+            part.segments if task == "segmentation" else None,
+            flat=given.flat,
+            seed=SEED,
+        )
+        for part in parts
+    ]
+    return [_Half(*half) for half in zip(boxes, parts, reversed(tracers), strict=True)]
 
 
-def _peer(
-    peer: Peer, volume: Volume, chunk: Shape3, ratios: Sequence[float]
-) -> Iterator[tuple[float, float, Volume]]:
-    samples = Samples.of(volume)
-    shape = triple(iter(volume.shape))
-    boxes = list(blocks(shape, chunk if peer.cut == "chunks" else shape))
-
-    @cache
-    def coded(setting: float) -> tuple[list[bytes], float]:
-        parts = [peer.encode(np.ascontiguousarray(samples.values[box.slices]), setting) for box in boxes]
-        return parts, volume.nbytes / sum(map(len, parts))
-
-    for wanted in ratios:
-        setting = coarsest_within(peer, lambda setting: coded(setting)[1], wanted)
-        if setting is None:
-            continue
-        decoded = np.empty_like(samples.values)
-        parts, ratio = coded(setting)
-        for box, data in zip(boxes, parts, strict=True):
-            decoded[box.slices] = peer.decode(data, triple(iter(box.shape)))
-        yield wanted, ratio, samples.back(decoded)
+def _looked_at(
+    task: str, halves: Sequence[_Half], volume: Volume
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.generic]]:
+    """Figures (blocks, figures) of what is found in a volume, and what has outlines in its last half."""
+    found = [Found.of(task, half.tracer, half.of(volume)) for half in halves]
+    figures = [_figures(one, half.known) for one, half in zip(found, halves, strict=True)]
+    return np.concatenate(figures), found[-1].shown
 
 
-def coarsest_within(peer: Peer, ratio_at: Callable[[float], float], wanted: float) -> float | None:
-    """The coarsest setting of a peer whose ratio is at most `wanted`; None where all are on one side."""
-    fine = None
-    for coarse in peer.settings:
-        if ratio_at(coarse) > wanted:
-            break
-        fine = coarse
-    else:
-        return fine if fine is not None and ratio_at(fine) == wanted else None
-    if fine is None:
-        return None
-    while (steps := round(abs(coarse - fine) / peer.resolution)) > 1:
-        middle = fine + math.copysign(steps // 2 * peer.resolution, coarse - fine)
-        if ratio_at(middle) <= wanted:
-            fine = middle
-        else:
-            coarse = middle
-    return fine
+def _membranes(halves: Sequence[_Half], volume: Volume) -> npt.NDArray[np.float32]:
+    """What errors weigh where membranes are to be kept."""
+    weights = np.empty(volume.shape, np.float32)
+    for half in halves:
+        weights[half.box.slices] = 1.0 + MEMBRANE_GAIN * half.tracer.membranes(half.of(volume))
+    return weights
 
 
 @dataclass(frozen=True)

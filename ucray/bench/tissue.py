@@ -6,7 +6,9 @@
                                                               |
                seeds far from membranes --watershed--> fragments --merged over weak borders--> segments
 
-It learns from original voxels and their labels alone, and is then applied to what codecs make of others.
+It learns from original voxels and their labels alone, and is then applied to what codecs make of others. A
+forest is surer of voxels that it learnt from than of others: the thresholds behind it are chosen by what
+forests say of voxels that they have not seen.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ TREES, DEPTH, LEAF = 30, 14, 10
 SAMPLES = 60_000
 """Voxels of each class that the forest learns from."""
 
-MERGES = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
+PARTS = 4
+"""Slabs along x; thresholds are chosen by what a forest that learnt from the others says of each."""
+
+MERGES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
 """Mean membrane probability of a border below which fragments are one; the best where it learns is taken."""
 
 SEED_DISTANCE = 2.0
@@ -64,21 +69,29 @@ class Tracer:
         seed: int,
     ) -> Tracer:
         """Learn from original voxels (z, y, x), which are membrane, where that is known, and neurons."""
-        from sklearn.ensemble import RandomForestClassifier
-
         random = np.random.default_rng(seed)
         offset, scale = float(volume.mean()), float(volume.std()) or 1.0
-        features = _features(_normalised(volume, offset, scale), flat).reshape(volume.size, -1)
-        wanted = membrane.reshape(-1)
-        drawn = [
-            random.choice(found, min(SAMPLES, len(found)), replace=False)
-            for found in (np.flatnonzero(membrane & known), np.flatnonzero(~membrane & known))
-        ]
-        places = np.concatenate(drawn)
-        forest = RandomForestClassifier(
-            TREES, max_depth=DEPTH, min_samples_leaf=LEAF, random_state=seed, n_jobs=-1
-        ).fit(features[places], wanted[places])
-        found = _probability(forest, features).reshape(volume.shape)
+        features = _features(_normalised(volume, offset, scale), flat)
+
+        def learnt(used: npt.NDArray[np.bool_]) -> Any:
+            """A forest, or None where there is nothing to tell apart."""
+            places = [np.flatnonzero(found & used) for found in (membrane, ~membrane)]
+            if not all(map(len, places)):
+                return None
+            drawn = [random.choice(found, min(SAMPLES, len(found)), replace=False) for found in places]
+            chosen = np.concatenate(drawn)
+            rows = features.reshape(volume.size, -1)[chosen]
+            return _forest(seed).fit(rows, membrane.reshape(-1)[chosen])
+
+        forest = learnt(known)
+        found = np.empty(volume.shape, np.float32)
+        places = np.arange(volume.shape[2])
+        for slab in np.array_split(places, min(PARTS, len(places))):
+            here = (..., slice(slab[0], slab[-1] + 1))
+            others = known.copy()
+            others[here] = False
+            unseen = learnt(others)
+            found[here] = _probability(forest if unseen is None else unseen, features[(*here, slice(None))])
         levels = np.linspace(0.05, 0.95, 19)
         threshold = float(max(levels, key=lambda level: f1((found > level)[known], membrane[known])))
         tracer = cls(forest, offset, scale, threshold, None, flat)
@@ -90,8 +103,7 @@ class Tracer:
 
     def membranes(self, volume: Volume) -> Probability:
         """Probability that a voxel is membrane."""
-        features = _features(_normalised(volume, self.offset, self.scale), self.flat)
-        return _probability(self.forest, features.reshape(volume.size, -1)).reshape(volume.shape)
+        return _probability(self.forest, _features(_normalised(volume, self.offset, self.scale), self.flat))
 
     def segments(self, probability: Probability) -> Labels:
         """Neurons by number."""
@@ -186,5 +198,13 @@ def _features(volume: npt.NDArray[np.float32], flat: bool) -> npt.NDArray[np.flo
     return np.stack([of(section) for section in volume]) if flat else of(volume)
 
 
+def _forest(seed: int) -> Any:
+    from sklearn.ensemble import RandomForestClassifier
+
+    return RandomForestClassifier(TREES, max_depth=DEPTH, min_samples_leaf=LEAF, random_state=seed, n_jobs=-1)
+
+
 def _probability(forest: Any, features: npt.NDArray[np.float32]) -> Probability:
-    return np.asarray(forest.predict_proba(features)[:, 1], np.float32)
+    """Of features (z, y, x, features)."""
+    *shape, count = features.shape
+    return np.asarray(forest.predict_proba(features.reshape(-1, count))[:, 1], np.float32).reshape(shape)

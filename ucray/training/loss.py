@@ -23,7 +23,12 @@ from ucray.codec.prior import ContextPrior, lambda_of
 from ucray.config import QUALITIES, CodecConfig
 
 COMMITMENT = 0.02
-OUTPUT_WEIGHT = 0.5
+OUTPUT_WEIGHT = 2.0
+"""Of the squared difference to what the teacher gives, against that to the data.
+
+Most of what a good teacher misses is noise, and no student will find it: without it a step says more.
+"""
+
 FEATURE_WEIGHT = 0.05
 
 STUDENT_SHARE = 0.5
