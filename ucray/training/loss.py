@@ -129,7 +129,10 @@ class RateDistortion(nn.Module):
 
 
 class Distillation(nn.Module):
-    """Stage 2: loss of a batch, over the student alone; the teacher says nothing if not `taught`."""
+    """Stage 2: loss of a batch, over the student alone.
+
+    The teacher says nothing if not `taught`, nor of a chunk that the student already decodes better.
+    """
 
     def __init__(
         self,
@@ -165,12 +168,15 @@ class Distillation(nn.Module):
         if self._taught:
             with torch.no_grad(), in_fewer_bits(x):
                 target, taught = _decoded(teacher, stream, quality)
-            figures["teacher_mse"] = (target - x).square().mean()
-            error = error + OUTPUT_WEIGHT * (x_hat - target).square().mean(dim=(1, 2, 3, 4))
+            taught_error = (target - x).square().mean(dim=(1, 2, 3, 4))
+            figures["teacher_mse"] = taught_error.mean()
+            # A teacher from elsewhere does harm where the student is ahead of it.
+            listens = (taught_error < error.detach()).float()
+            error = error + OUTPUT_WEIGHT * listens * (x_hat - target).square().mean(dim=(1, 2, 3, 4))
             if self.project is not None and taught is not None and learnt is not None:
                 with in_fewer_bits(x):
                     projected = self.project(learnt)
-                mimic = _difference(projected.float(), taught.float())
+                mimic = listens.mean() * _difference(projected.float(), taught.float())
         return (error / lambda_of(quality) ** BALANCE).mean() + FEATURE_WEIGHT * mimic, figures
 
 
