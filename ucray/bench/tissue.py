@@ -13,6 +13,9 @@ forests say of voxels that they have not seen.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +84,8 @@ class Tracer:
             drawn = [random.choice(found, min(SAMPLES, len(found)), replace=False) for found in places]
             chosen = np.concatenate(drawn)
             rows = features.reshape(volume.size, -1)[chosen]
-            return _forest(seed).fit(rows, membrane.reshape(-1)[chosen])
+            with _filters_restored():
+                return _forest(seed).fit(rows, membrane.reshape(-1)[chosen])
 
         forest = learnt(known)
         found = np.empty(volume.shape, np.float32)
@@ -207,4 +211,14 @@ def _forest(seed: int) -> Any:
 def _probability(forest: Any, features: npt.NDArray[np.float32]) -> Probability:
     """Of features (z, y, x, features)."""
     *shape, count = features.shape
-    return np.asarray(forest.predict_proba(features.reshape(-1, count))[:, 1], np.float32).reshape(shape)
+    with _filters_restored():
+        found = forest.predict_proba(features.reshape(-1, count))[:, 1]
+    return np.asarray(found, np.float32).reshape(shape)
+
+
+@contextmanager
+def _filters_restored() -> Iterator[None]:
+    """Filters of warnings, that is: threads of scikit-learn may leave none, and then warn of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`sklearn.utils.parallel.delayed`")
+        yield
