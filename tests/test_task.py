@@ -86,7 +86,8 @@ def test_what_a_forest_knows_by_heart_chooses_no_threshold() -> None:
     known = np.ones_like(membrane)
     found = Tracer.trained(voxels, membrane, known, None, flat=False, seed=0)
     by_heart = found.membranes(voxels)
-    assert f1(by_heart > 0.5, membrane) > 0.75
+    # All voxels would have 2 / 3.
+    assert f1(by_heart > 0.5, membrane) > 0.72
     assert (by_heart > found.threshold).mean() > 0.9
 
 
