@@ -22,7 +22,7 @@ from ucray.bench import tissue
 from ucray.bench.choice import choose, losses
 from ucray.bench.outlines import Panel
 from ucray.bench.peers import PEERS
-from ucray.bench.recoded import coarsest_within
+from ucray.bench.reconstruction import coarsest_within
 from ucray.bench.task import (
     MEMBRANES,
     ORIGINAL,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ucray.bench.outlines import Panel
 from ucray.bench.peers import PEERS
-from ucray.bench.recoded import decoded_at, missing_reason
+from ucray.bench.reconstruction import decoded_at, missing_reason
 from ucray.bench.run import OURS
 from ucray.bench.samples import blocks
 from ucray.bench.tissue import Labels, Tracer, Volume, f1, information, rand_error

@@ -84,13 +84,13 @@ class Tracer:
             drawn = [random.choice(found, min(SAMPLES, len(found)), replace=False) for found in places]
             chosen = np.concatenate(drawn)
             rows = features.reshape(volume.size, -1)[chosen]
-            with _filters_restored():
+            with _warning_filters_kept():
                 return _forest(seed).fit(rows, membrane.reshape(-1)[chosen])
 
         forest = learnt(known)
         found = np.empty(volume.shape, np.float32)
-        places = np.arange(volume.shape[2])
-        for slab in np.array_split(places, min(PARTS, len(places))):
+        columns = np.arange(volume.shape[2])
+        for slab in np.array_split(columns, min(PARTS, len(columns))):
             here = (..., slice(slab[0], slab[-1] + 1))
             others = known.copy()
             others[here] = False
@@ -211,14 +211,14 @@ def _forest(seed: int) -> Any:
 def _probability(forest: Any, features: npt.NDArray[np.float32]) -> Probability:
     """Of features (z, y, x, features)."""
     *shape, count = features.shape
-    with _filters_restored():
+    with _warning_filters_kept():
         found = forest.predict_proba(features.reshape(-1, count))[:, 1]
     return np.asarray(found, np.float32).reshape(shape)
 
 
 @contextmanager
-def _filters_restored() -> Iterator[None]:
-    """Filters of warnings, that is: threads of scikit-learn may leave none, and then warn of it."""
+def _warning_filters_kept() -> Iterator[None]:
+    """Puts them back: threads of scikit-learn may leave none, and then warn of it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`sklearn.utils.parallel.delayed`")
         yield
