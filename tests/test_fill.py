@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
-from numcodecs import zstd
 
 from ucray.codec.fill import fill_mask, keep_off_fill, pack_mask, unpack_mask
+from ucray.codec.frames import pack
 from ucray.codec.inpaint import inpaint
 from ucray.errors import ChunkError
 from ucray.grid import Shape3
@@ -87,7 +87,7 @@ def test_masks_of_another_shape_are_refused(shape: Shape3) -> None:
 
 def test_a_mask_of_too_many_bytes_is_refused() -> None:
     with pytest.raises(ChunkError):
-        unpack_mask(b"\0" + bytes(zstd.compress(bytes(1000), 9)), (8, 8, 8))
+        unpack_mask(b"\0" + pack(bytes(1000), 9), (8, 8, 8))
 
 
 @pytest.mark.parametrize("fill_value", [0.0, 7.0, 255.0])

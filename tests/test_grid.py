@@ -48,6 +48,21 @@ def test_chunks_tile_their_shard_exactly_once(grid: Grid) -> None:
     assert (covered == 1).all()
 
 
+@given(grids(), st.tuples(*[st.tuples(st.integers(0, 20), st.integers(0, 20)).map(sorted)] * 3))
+def test_the_chunks_of_a_box_are_those_that_meet_it(grid: Grid, ends: tuple[list[int], ...]) -> None:
+    (z0, z1), (y0, y1), (x0, x1) = ends
+    box = Box((z0, y0, x0), (z1, y1, x1)).clipped(grid.shape)
+    every = [(index, *chunk) for index in grid.shard_indices() for chunk in grid.chunk_boxes(index)]
+    met = [chunk for chunk in every if min(chunk[3].common(box).shape) > 0]
+    assert sorted(grid.chunks_of(box)) == sorted(met)
+    for _, _, _, place in met:
+        part = np.zeros(grid.shape, bool)
+        part[box.slices] = True
+        both = place.common(box)
+        assert part[place.slices].sum() == both.voxels
+        assert part[place.slices][both.relative_to(place).slices].all()
+
+
 @given(grids())
 def test_slots_and_chunk_indices_name_the_chunk_s_place(grid: Grid) -> None:
     for index in grid.shard_indices():

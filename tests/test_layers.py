@@ -52,7 +52,7 @@ CODEC_LIBRARIES = {
     "safetensors",
     "constriction",
     "numba",
-    "numcodecs",
+    "zstandard",
     "google_crc32c",
     "msgspec",
     "pydantic",

@@ -15,15 +15,15 @@ import numpy.typing as npt
 import pytest
 import zarr
 
-from ucray import zarr_codec
 from ucray.codec.bitstream import Kind, read_chunk
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
+from ucray.codec.stored import NAME
 from ucray.codec.weights import VERSIONS, Weights
 from ucray.errors import ArchiveError, ChunkError, DtypeError, SettingsError, WeightsError
 from ucray.grid import Shape3
-from ucray.zarr_codec import NAME, UcrayCodec
+from ucray.zarr_codec import UcrayCodec
 
 Voxels = npt.NDArray[np.generic]
 Formats = Callable[[str], ChunkFormat]
@@ -370,7 +370,7 @@ def test_networks_are_built_once_for_all_chunks(
         built.append(bound)
         return ChunkDecoder(weights, bound, device=device)
 
-    monkeypatch.setattr(zarr_codec, "ChunkDecoder", build)
+    monkeypatch.setattr("ucray.codec.stored.ChunkDecoder", build)
     array = read_volume(tmp_path)
     for plane in (0, 40, 79):
         assert np.asarray(array[plane]).shape == SHAPE[1:]

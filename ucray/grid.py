@@ -37,6 +37,17 @@ class Box:
         """The same box with `offset` voxels added to both corners."""
         return Box(add(self.start, offset), add(self.stop, offset))
 
+    def relative_to(self, other: Box) -> Box:
+        """The same box counted from where `other` starts."""
+        return self.shifted(triple(-n for n in other.start))
+
+    def common(self, other: Box) -> Box:
+        """What lies in both; of boxes that do not meet, a box without voxels or with less than none."""
+        return Box(
+            triple(max(a, b) for a, b in zip(self.start, other.start, strict=True)),
+            triple(min(a, b) for a, b in zip(self.stop, other.stop, strict=True)),
+        )
+
     def clipped(self, shape: Shape3) -> Box:
         """The part of the box that lies in a volume of `shape`."""
         return Box(
@@ -103,6 +114,23 @@ class Grid:
             start = triple(i * c for i, c in zip(chunk_index, self.chunk, strict=True))
             if all(s < n for s, n in zip(start, self.shape, strict=True)):
                 yield slot, chunk_index, Box(start, add(start, self.chunk)).clipped(self.shape)
+
+    def chunks_of(self, box: Box) -> Iterator[tuple[Shape3, int, Shape3, Box]]:
+        """The chunks that a box of the volume touches: (shard index, slot, chunk index, box)."""
+        spans = [
+            range(start // c, -(-stop // c))
+            for start, stop, c in zip(box.start, box.stop, self.chunk, strict=True)
+        ]
+        counts = self.chunks_per_shard
+        for chunk_index in itertools.product(*spans) if box.voxels else ():
+            z, y, x = (i % n for i, n in zip(chunk_index, counts, strict=True))
+            start = triple(i * c for i, c in zip(chunk_index, self.chunk, strict=True))
+            yield (
+                triple(i // n for i, n in zip(chunk_index, counts, strict=True)),
+                (z * counts[1] + y) * counts[2] + x,
+                triple(iter(chunk_index)),
+                Box(start, add(start, self.chunk)).clipped(self.shape),
+            )
 
 
 def triple(values: Iterator[int]) -> Shape3:

@@ -1,6 +1,7 @@
 """`ucray.open`: an archive as an array, at its own scale or any other, and a picture of it in a notebook.
 
-Imports what decoding takes and nothing of what makes archives: zarr, numpy, torch.
+Imports what decoding takes and nothing of what makes archives: numpy, torch, and zarr for what is not on this
+machine's disk.
 """
 
 from __future__ import annotations
@@ -8,25 +9,25 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
-import zarr.errors
 
+from ucray.codec.chunk import Voxels
 from ucray.errors import ArchiveError, SettingsError
 from ucray.grid import Box, Shape3, triple
 from ucray.loading import nothing_collected
 from ucray.resample import Scale3, scaled_shape, tiles
+from ucray.storage.local import ARRAY, LocalArchive
 from ucray.storage.space import SPATIAL, multiscale_of, multiscale_space
 
-Voxels = npt.NDArray[np.generic]
-
-ARRAY = "0"
+if TYPE_CHECKING:
+    import zarr
 
 THUMBNAIL = 192
 """Voxels of a thumbnail's slice, on each axis: a few chunks to decode."""
@@ -47,17 +48,17 @@ def open(url: str, storage_options: Mapping[str, Any] | None = None) -> Reader:
     ArchiveError
         If there is no archive.
     """
-    try:
-        # zarr loads the codec when it meets its name.
-        with nothing_collected():
-            group = zarr.open_group(url, mode="r", storage_options=dict(storage_options or {}) or None)
-            array = group[ARRAY]
-            settings = cast(Any, group.attrs.asdict()["ucray"])
-    except (FileNotFoundError, zarr.errors.BaseZarrError, KeyError, ValueError, TypeError):
-        raise ArchiveError(f"{url} holds no ucray archive, or does not exist") from None
-    if not isinstance(array, zarr.Array) or not isinstance(settings, Mapping):
-        raise ArchiveError(f"{url} holds no ucray archive, or does not exist")
-    return Reader(url, group, array, settings)
+    options = dict(storage_options or {})
+    with nothing_collected():
+        opened = Reader(url, options, None if options else LocalArchive.of(url))
+        # What is no archive is found out now, and not by the first cutout.
+        _ = opened.settings, opened.shape
+    return opened
+
+
+def no_archive(url: str) -> ArchiveError:
+    """What is said where there is none."""
+    return ArchiveError(f"{url} holds no ucray archive, or does not exist")
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,23 @@ class View:
 
     Parameters
     ----------
+    archive
+        Where the voxels come from.
     scale
         Edge of a voxel on each axis, in voxels of the archive. Above 1 a voxel is the average of those it
         covers; below, values between voxels' centres are interpolated.
     """
 
-    array: zarr.Array[Any]
+    archive: Reader
     scale: Scale3
 
     @property
     def shape(self) -> Shape3:
-        return scaled_shape(triple(iter(self.array.shape)), self.scale)
+        return scaled_shape(self.archive.shape, self.scale)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.array.dtype)
+        return self.archive.dtype
 
     @property
     def ndim(self) -> int:
@@ -90,10 +93,8 @@ class View:
         """Voxels of slices and places; steps and negative places as in numpy."""
         box, within = _box(selection, self.shape)
         found = np.empty(box.shape, self.dtype)
-        source = triple(iter(self.array.shape))
-        for tile in tiles(box, self.scale, source):
-            place = tile.target.shifted(triple(-n for n in box.start)).slices
-            found[place] = tile.of(np.asarray(self.array[tile.source.slices]))
+        for tile in tiles(box, self.scale, self.archive.shape):
+            found[tile.target.relative_to(box).slices] = tile.of(self.archive.read(tile.source))
         return found[within]
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Voxels:
@@ -102,32 +103,76 @@ class View:
 
 @dataclass(frozen=True)
 class Reader:
-    """An opened archive; sliced, it gives voxels (z, y, x) as zarr does.
+    """An opened archive; sliced, it gives voxels (z, y, x) as numpy does.
 
     Parameters
     ----------
-    group, array
-        The zarr group, and its volume.
-    settings
-        What the archive records of its making.
+    url, storage_options
+        Where it is.
+    local
+        The archive, where it lies on this machine's disk; others are read through zarr.
     """
 
     url: str
-    group: zarr.Group
-    array: zarr.Array[Any]
-    settings: Mapping[str, Any]
+    storage_options: Mapping[str, Any] = field(repr=False)
+    local: LocalArchive | None = field(repr=False)
+
+    @cached_property
+    def group(self) -> zarr.Group:
+        """The zarr group; raises ArchiveError if there is none."""
+        # Whoever reads from a disk does not wait for zarr.
+        import zarr
+        import zarr.errors
+
+        try:
+            return zarr.open_group(self.url, mode="r", storage_options=dict(self.storage_options) or None)
+        except (FileNotFoundError, zarr.errors.BaseZarrError, ValueError, TypeError):
+            raise no_archive(self.url) from None
+
+    @cached_property
+    def array(self) -> zarr.Array[Any]:
+        """The zarr array of the volume; raises ArchiveError if there is none."""
+        import zarr
+        import zarr.errors
+
+        try:
+            # zarr loads the codec when it meets its name.
+            array = self.group[ARRAY]
+        except (FileNotFoundError, zarr.errors.BaseZarrError, KeyError, ValueError, TypeError):
+            raise no_archive(self.url) from None
+        if not isinstance(array, zarr.Array):
+            raise no_archive(self.url)
+        return array
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """Those of the group: what is known of the volume's space, and of the archive's making."""
+        return self.group.attrs.asdict() if self.local is None else self.local.attributes
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the archive records of its making; raises ArchiveError if it is none."""
+        found = self.attributes.get("ucray")
+        if not isinstance(found, Mapping):
+            raise no_archive(self.url)
+        return found
 
     @property
     def shape(self) -> Shape3:
-        return triple(iter(self.array.shape))
+        return triple(iter(self.array.shape)) if self.local is None else self.local.grid.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.array.dtype)
+        return np.dtype(self.array.dtype) if self.local is None else self.local.dtype
 
     @property
     def ndim(self) -> int:
         return 3
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all voxels, before compression."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def levels(self) -> list[Shape3]:
@@ -137,14 +182,23 @@ class Reader:
     @cached_property
     def voxel_size(self) -> tuple[list[float], str | None]:
         """Edges (z, y, x) of a voxel, and their unit; None where it is unknown."""
-        space = multiscale_space(multiscale_of(self.group.attrs.asdict()), ARRAY, SPATIAL)
+        space = multiscale_space(multiscale_of(self.attributes), ARRAY, SPATIAL)
         return list(space.scale), space.unit
 
     def __getitem__(self, selection: Any) -> Any:
-        return self.array[selection]
+        """Voxels of slices and places; steps and negative places as in numpy, lists and arrays as in zarr."""
+        parts = selection if isinstance(selection, tuple) else (selection,)
+        if any(isinstance(part, list | np.ndarray) for part in parts):
+            return self.array[selection]
+        box, within = _box(selection, self.shape)
+        return self.read(box)[within]
+
+    def read(self, box: Box) -> Voxels:
+        """Voxels of a box that lies in the volume."""
+        return np.asarray(self.array[box.slices]) if self.local is None else self.local.read(box)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Voxels:
-        return np.asarray(self.array[...], dtype=dtype)
+        return np.asarray(self[...], dtype=dtype)
 
     def at(self, scale: float | Scale3) -> View:
         """The archive with voxels `scale` times as long, on each axis or all alike.
@@ -158,7 +212,7 @@ class Reader:
         if len(each) != 3 or not all(0.0 < s < float("inf") for s in each):
             raise SettingsError(f"a scale of {scale}: one number above zero is wanted, or one an axis")
         z, y, x = (float(s) for s in each)
-        return View(self.array, (z, y, x))
+        return View(self, (z, y, x))
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.shape))
@@ -172,7 +226,7 @@ class Reader:
             "shape (z, y, x)": " x ".join(map(str, self.shape)),
             "voxels": str(self.dtype),
             "voxel size": " x ".join(f"{edge:g}" for edge in edges) + (f" {unit}" if unit else ""),
-            "before compression": f"{self.array.nbytes / 1e6:,.1f} MB",
+            "before compression": f"{self.nbytes / 1e6:,.1f} MB",
             "asked for": self.target,
             "levels": ", ".join("x".join(map(str, factors)) for factors in self.levels),
             "chunk, shard": " and ".join("x".join(map(str, settings[name])) for name in ("chunk", "shard")),
@@ -203,7 +257,7 @@ class Reader:
             return ""
         z, y, x = self.shape
         rows, columns = (slice(max(0, (n - THUMBNAIL) // 2), (n + THUMBNAIL) // 2) for n in (y, x))
-        plane = np.asarray(self.array[z // 2, rows, columns], np.float32)
+        plane = np.asarray(self[z // 2, rows, columns], np.float32)
         finite = plane[np.isfinite(plane)]
         low, high = np.percentile(finite, [1, 99]) if finite.size else (0.0, 1.0)
         grey = np.clip(np.nan_to_num((plane - low) / max(high - low, 1e-9)), 0, 1) * 255

@@ -158,7 +158,7 @@ def _settings(archive: Archive) -> dict[str, str]:
 
 
 def _provenance(reader: Reader) -> dict[str, str]:
-    told: Any = reader.group.attrs.asdict().get("provenance", {})
+    told: Any = reader.attributes.get("provenance", {})
     versions = told.get("versions", {})
     found = {"command": str(told["command"])} if "command" in told else {}
     if expected := told.get("expected"):

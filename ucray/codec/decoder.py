@@ -14,7 +14,8 @@ import torch
 from ucray.codec.bitstream import BoundedBody, Kind, NeuralBody, read_chunk
 from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.context import FEATURE_UNITS
-from ucray.codec.fill import Mask, keep_off_fill, unpack_exactly, unpack_mask
+from ucray.codec.fill import Mask, keep_off_fill, unpack_mask
+from ucray.codec.frames import unpack_exactly
 from ucray.codec.linear import LinearSynthesis
 from ucray.codec.network import stored_synthesis
 from ucray.codec.residual import apply_residual, decode_residual

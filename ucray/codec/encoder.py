@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from numcodecs import zstd
 
+from ucray.codec import frames
 from ucray.codec.anticipation import anticipated
 from ucray.codec.bitstream import BoundedBody, Chunk, Kind, NeuralBody, write_chunk
 from ucray.codec.chunk import ChunkFormat, Voxels
@@ -318,9 +318,9 @@ def pack(draft: Draft | None, stream: StreamModel, stream_digest: str) -> Packed
     coded = None if draft.symbols is None else _coded(draft, draft.symbols, stream, digest)
     if coded is not None:
         for part in RAW_PARTS:
-            if len(_packed(draft.raw[: len(draft.raw) // part])) >= len(coded.data):
+            if len(frames.pack(draft.raw[: len(draft.raw) // part], RAW_LEVEL)) >= len(coded.data):
                 return coded
-    raw = write_chunk(Chunk(Kind.RAW, draft.origin, b"", _packed(draft.raw)), digest)
+    raw = write_chunk(Chunk(Kind.RAW, draft.origin, b"", frames.pack(draft.raw, RAW_LEVEL)), digest)
     if coded is not None and len(coded.data) < len(raw):
         return coded
     return Packed(raw, Kind.RAW, ErrorSum(draft.error.voxels))
@@ -334,10 +334,6 @@ def _coded(draft: Draft, symbols: Symbols, stream: StreamModel, digest: bytes) -
     if draft.residual is not None:
         kind, body = Kind.BOUNDED, BoundedBody(body, encode_residual(draft.residual, stream.frequencies))
     return Packed(write_chunk(Chunk(kind, draft.origin, draft.mask, body), digest), kind, draft.error)
-
-
-def _packed(raw: bytes) -> bytes:
-    return bytes(zstd.compress(raw, RAW_LEVEL))
 
 
 def _little_endian(voxels: Voxels | np.generic) -> bytes:

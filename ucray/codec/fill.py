@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numcodecs import zstd
 
+from ucray.codec.frames import pack, unpack_exactly
 from ucray.errors import ChunkError
 
 Mask = npt.NDArray[np.bool_]
@@ -57,24 +57,6 @@ def unpack_mask(data: bytes, shape: tuple[int, int, int]) -> Mask:
     return mask
 
 
-def unpack_exactly(frame: bytes, target: npt.NDArray[Any]) -> bool:
-    """Unpack a zstd frame into `target`; False if it is damaged or of another size."""
-    # numcodecs leaves what a shorter frame does not reach as it was, and tells no one; but before it
-    # unpacks anything it refuses, with a ValueError, a target that is too small.
-    try:
-        zstd.decompress(frame, np.empty(target.nbytes - 1, dtype=np.uint8))
-        return False
-    except RuntimeError:
-        return False
-    except ValueError:
-        pass
-    try:
-        zstd.decompress(frame, target)
-    except (RuntimeError, ValueError):
-        return False
-    return True
-
-
 def keep_off_fill(decoded: Voxels, mask: Mask, fill_value: float) -> Voxels:
     """Set masked voxels to the fill value, and move any other that met it to the next value."""
     if np.isnan(fill_value) and np.issubdtype(decoded.dtype, np.integer):
@@ -105,4 +87,4 @@ def _delayed(mask: Mask, axis: int) -> Mask:
 
 
 def _packed(mask: Mask) -> bytes:
-    return bytes(zstd.compress(np.packbits(mask), LEVEL))
+    return pack(np.packbits(mask).tobytes(), LEVEL)

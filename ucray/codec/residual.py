@@ -14,14 +14,13 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from numcodecs import zstd
 
 from ucray.codec import entropy
 from ucray.codec.bitstream import ResidualBody
 from ucray.codec.chunk import ChunkFormat, Voxels
 from ucray.codec.context import TABLES
 from ucray.codec.entropy import SymbolReader
-from ucray.codec.fill import unpack_exactly
+from ucray.codec.frames import pack, unpack_exactly
 from ucray.codec.frequencies import SILENT, FrequencyTables
 from ucray.codec.unlapping import VALUE_SHIFT, Unlapping
 from ucray.errors import ChunkError
@@ -162,7 +161,7 @@ def encode_residual(residual: Residual, frequencies: FrequencyTables) -> Residua
     """Code a residual."""
     tables = residual.tables.repeat(residual.values.shape[1])
     words, escapes = entropy.encode(frequencies, None, [(tables, residual.values.reshape(-1))])
-    packed = bytes(zstd.compress(residual.tables.tobytes(), TABLE_LEVEL))
+    packed = pack(residual.tables.tobytes(), TABLE_LEVEL)
     return ResidualBody(residual.max_error, residual.shift, packed, residual.low, words, escapes)
 
 

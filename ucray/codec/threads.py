@@ -48,4 +48,10 @@ def _one_thread_of_algebra() -> Iterator[None]:
 
 @cache
 def _libraries(api: str) -> ThreadpoolController:
-    return ThreadpoolController().select(user_api=api)
+    return _loaded().select(user_api=api)
+
+
+@cache
+def _loaded() -> ThreadpoolController:
+    """All that are loaded: looking for them takes a few milliseconds."""
+    return ThreadpoolController()

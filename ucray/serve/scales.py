@@ -136,7 +136,7 @@ class Image:
 
 def archive_image(reader: Reader) -> Image:
     """The image of an archive, in its levels, or in those that a viewer needs where it has none."""
-    space = multiscale_space(multiscale_of(reader.group.attrs.asdict()), "0", SPATIAL)
+    space = multiscale_space(multiscale_of(reader.attributes), "0", SPATIAL)
     shape, array = reader.shape, reader.array
     stored = tuple(reader.levels)
     fill = array.metadata.fill_value
@@ -148,7 +148,7 @@ def archive_image(reader: Reader) -> Image:
         chunk=triple(iter(array.chunks)),
         space=space,
         factors=stored if len(stored) > 1 else _viewed(shape, space),
-        read=lambda box: np.asarray(array[box.slices]),
+        read=reader.read,
     )
 
 

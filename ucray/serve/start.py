@@ -66,7 +66,7 @@ def _figures(reader: Reader) -> dict[str, str]:
     return {
         "voxels": f"{' x '.join(map(str, reader.shape))} {reader.dtype}",
         "voxel size": " x ".join(f"{edge:g}" for edge in edges) + (f" {unit}" if unit else ""),
-        "before compression": f"{reader.array.nbytes / 1e6:,.1f} MB",
+        "before compression": f"{reader.nbytes / 1e6:,.1f} MB",
         "asked for": reader.target,
         "weights": str(reader.settings["weights_digest"])[:12],
     }

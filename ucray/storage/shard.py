@@ -15,21 +15,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import google_crc32c
-import numpy as np
 
 from ucray.codec.encoder import Packed
 from ucray.errors import ArchiveError
 from ucray.grid import Grid, Shape3
 from ucray.quality import ErrorSum
+from ucray.storage.index import chunk_spans, empty_table, index_size, pack_index
 from ucray.storage.objects import Objects
 
 ARRAY = "0"
 STATISTICS = "ucray/statistics/"
 LARGEST_STATISTICS = 1 << 26
 """Bytes of JSON that a shard's statistics may unpack to."""
-
-ABSENT = np.uint64(2**64 - 1)
-"""Offset and length of a chunk that a shard does not hold: nothing but fill."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +115,7 @@ def assemble(
     `chunks` stand in the order of `grid.chunk_boxes(index)`. The layout is that of zarr v3's
     sharding_indexed codec with the index at the end, little-endian uint64, checked by crc32c.
     """
-    slots = math.prod(grid.chunks_per_shard)
-    table = np.full((slots, 2), ABSENT, dtype="<u8")
+    table = empty_table(math.prod(grid.chunks_per_shard))
     payload = bytearray()
     figures = []
     for (slot, _, box), chunk in zip(grid.chunk_boxes(index), chunks, strict=True):
@@ -130,8 +126,7 @@ def assemble(
         # Four digits of a squared error are far below what two machines' last places make of it.
         mse, largest = float(f"{chunk.error.mse:.4g}"), float(f"{chunk.error.maximum:.6g}")
         figures.append(ChunkFigures(slot, len(chunk.data), kind, box.voxels, mse, largest))
-    footer = table.tobytes()
-    data = bytes(payload) + footer + google_crc32c.value(footer).to_bytes(4, "little")
+    data = bytes(payload) + pack_index(table)
     statistics = ShardStatistics(
         index=index,
         bytes_in=grid.shard_box(index).voxels * itemsize,
@@ -150,25 +145,11 @@ def split(data: bytes, grid: Grid) -> dict[int, bytes]:
     ArchiveError
         If the index is cut, fails its checksum, or points outside the object.
     """
-    slots = math.prod(grid.chunks_per_shard)
-    end = len(data) - 4
-    start = end - slots * 16
-    if start < 0:
-        raise ArchiveError(f"a shard of {len(data)} bytes is cut: its index alone takes {slots * 16 + 4}")
-    footer = data[start:end]
-    if google_crc32c.value(footer).to_bytes(4, "little") != data[end:]:
-        raise ArchiveError("a shard whose index does not match its checksum")
-    table = np.frombuffer(footer, dtype="<u8").reshape(slots, 2)
-    chunks = {}
-    for slot, (offset, length) in enumerate(table.tolist()):
-        if offset == ABSENT and length == ABSENT:
-            continue
-        if not length or offset + length > start:
-            raise ArchiveError(f"a shard whose index points past its end, or to nothing, in slot {slot}")
-        chunks[slot] = data[offset : offset + length]
-    if sum(map(len, chunks.values())) > start:
-        raise ArchiveError("a shard whose index has several chunks in one place")
-    return chunks
+    size = index_size(math.prod(grid.chunks_per_shard))
+    end = len(data) - size
+    if end < 0:
+        raise ArchiveError(f"a shard of {len(data)} bytes is cut: its index alone takes {size}")
+    return {slot: data[span] for slot, span in chunk_spans(data[end:], end).items()}
 
 
 def commit(objects: Objects, grid: Grid, data: bytes, statistics: ShardStatistics) -> bool:
