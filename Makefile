@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 
 TOOLS := .tools
 
+# Tests start hundreds of processes; where this is set, each compiles every module anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test fuzz lint k8s-check check clean
 
 install: $(STAMP)

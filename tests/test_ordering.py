@@ -75,7 +75,7 @@ def test_weights_of_an_older_order_learn_the_new_one(
 ) -> None:
     """What they had stays; a cell that has others around it takes fewer bits than one that has none."""
     monkeypatch.setattr(ordering, "STEPS", 150)
-    monkeypatch.setattr(ordering, "BATCH", 8)
+    monkeypatch.setattr(ordering, "LARGE_BATCH", 8)
     monkeypatch.setattr(distill, "ORDER_CHUNKS", 32)
     trainer = Trainer(TINY_INTERLACED, NOTHING, start=dependent_weights)
     with pytest.raises(SettingsError, match="start"):

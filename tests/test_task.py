@@ -30,11 +30,12 @@ from ucray.bench.task import (
     Score,
     Traced,
     _halves,
+    _looked_at,
     labelled,
     run_task,
 )
 from ucray.bench.task_report import task_to_markdown
-from ucray.bench.tissue import Tracer, f1, information, merged, rand_error
+from ucray.bench.tissue import Sight, Tracer, f1, information, merged, rand_error
 from ucray.cli import app
 from ucray.cluster import tracing
 from ucray.codec.shipped import shipped_weights
@@ -74,8 +75,14 @@ def known() -> Labelled:
 
 
 @pytest.fixture(scope="module")
-def tracer(known: Labelled) -> Tracer:
-    return Tracer.trained(known.voxels, known.membrane, known.known, known.segments, flat=False, seed=0)
+def sight(known: Labelled) -> Sight:
+    return Sight.of(known.voxels, flat=False)
+
+
+@pytest.fixture(scope="module")
+def tracer(known: Labelled, sight: Sight) -> Tracer:
+    features = sight.features(known.voxels)
+    return Tracer.trained(features, known.membrane, known.known, known.segments, seed=0)
 
 
 def test_what_a_forest_knows_by_heart_chooses_no_threshold() -> None:
@@ -84,8 +91,9 @@ def test_what_a_forest_knows_by_heart_chooses_no_threshold() -> None:
     voxels = random.integers(0, 255, (12, 24, 40), dtype=np.uint8)
     membrane = random.random(voxels.shape) < 0.5
     known = np.ones_like(membrane)
-    found = Tracer.trained(voxels, membrane, known, None, flat=False, seed=0)
-    by_heart = found.membranes(voxels)
+    features = Sight.of(voxels, flat=False).features(voxels)
+    found = Tracer.trained(features, membrane, known, None, seed=0)
+    by_heart = found.membranes(features)
     # All voxels would have 2 / 3.
     assert f1(by_heart > 0.5, membrane) > 0.72
     assert (by_heart > found.threshold).mean() > 0.9
@@ -95,8 +103,9 @@ def test_where_only_one_slab_is_known_it_learns_from_that(known: Labelled) -> No
     part = known.part(Box((0, 0, 0), (32, 64, 64)))
     seen = np.zeros(part.known.shape, bool)
     seen[..., :16] = True
-    found = Tracer.trained(part.voxels, part.membrane, seen, None, flat=False, seed=0)
-    assert f1((found.membranes(part.voxels) > found.threshold)[seen], part.membrane[seen]) > 0.8
+    features = Sight.of(part.voxels, flat=False).features(part.voxels)
+    found = Tracer.trained(features, part.membrane, seen, None, seed=0)
+    assert f1((found.membranes(features) > found.threshold)[seen], part.membrane[seen]) > 0.8
 
 
 def test_figures_of_segments_that_are_right_split_and_merged() -> None:
@@ -135,23 +144,24 @@ def test_fragments_are_joined_over_weak_borders_alone() -> None:
     assert len(np.unique(merged(fragments.astype(np.int64), probability, 0.95))) == 1
 
 
-def test_what_was_learnt_holds_on_other_cells(tracer: Tracer) -> None:
+def test_what_was_learnt_holds_on_other_cells(sight: Sight, tracer: Tracer) -> None:
     voxels, labels = cells(2)
     other = labelled(voxels, labels, [], flat=False)
-    probability = tracer.membranes(voxels)
+    probability = tracer.membranes(sight.features(voxels))
     assert f1(probability > tracer.threshold, other.membrane) > 0.8
     segments = tracer.segments(probability)
     assert sum(information(segments, labels)) < 1.0
     assert rand_error(segments, labels) < 0.15
     # The same again.
-    np.testing.assert_array_equal(tracer.membranes(voxels), probability)
+    np.testing.assert_array_equal(tracer.membranes(sight.features(voxels)), probability)
 
 
-def test_blurred_walls_are_found_less_well(tracer: Tracer) -> None:
+def test_blurred_walls_are_found_less_well(sight: Sight, tracer: Tracer) -> None:
     voxels, labels = cells(2)
     other = labelled(voxels, labels, [], flat=False)
     blurred = ndimage.gaussian_filter(voxels.astype(float), 3.0)
-    sharp, dull = (f1(tracer.membranes(v) > tracer.threshold, other.membrane) for v in (voxels, blurred))
+    found = [tracer.membranes(sight.features(seen)) > tracer.threshold for seen in (voxels, blurred)]
+    sharp, dull = (f1(membrane, other.membrane) for membrane in found)
     assert dull < sharp - 0.1
 
 
@@ -195,13 +205,32 @@ def test_each_half_is_looked_at_as_the_other_taught(known: Labelled) -> None:
     spoilt[first] = np.random.default_rng(0).random(spoilt[first].shape) < 0.3
     found = []
     for membrane in (part.membrane, spoilt):
-        halves = _halves("membrane", dataclasses.replace(part, membrane=membrane))
+        halves = _halves("membrane", dataclasses.replace(part, membrane=membrane), 1)
         assert [half.box.start for half in halves] == [(0, 0, 0), (0, 48, 0)]
         np.testing.assert_array_equal(halves[0].known.membrane, membrane[first])
-        probability = halves[1].tracer.membranes(halves[1].of(part.voxels))
-        found.append(f1(probability > halves[1].tracer.threshold, part.membrane[second]))
+        (tracer,) = halves[1].tracers
+        probability = tracer.membranes(halves[1].features(part.voxels))
+        found.append(f1(probability > tracer.threshold, part.membrane[second]))
     assert found[0] > 0.8
     assert found[1] < 0.6
+
+
+def test_figures_of_several_tracers_are_their_means(known: Labelled) -> None:
+    """The first learns from the same voxels whether there are others or not."""
+    part = known.part(Box((0, 0, 0), (24, 96, 48)))
+    one, two = (_halves("segmentation", part, tracers) for tracers in (1, 2))
+    pairs = [half.tracers for half in two]
+    features = [half.features(part.voxels) for half in two]
+    for half, pair, seen in zip(one, pairs, features, strict=True):
+        np.testing.assert_array_equal(half.tracers[0].membranes(seen), pair[0].membranes(seen))
+        assert np.abs(pair[0].membranes(seen) - pair[1].membranes(seen)).max() > 0.01
+    each = []
+    for number in range(2):
+        halves = [dataclasses.replace(half, tracers=(half.tracers[number],)) for half in two]
+        each.append(_looked_at("segmentation", halves, part.voxels)[0])
+    both, _ = _looked_at("segmentation", two, part.voxels)
+    np.testing.assert_allclose(both, (each[0] + each[1]) / 2)
+    assert (each[0] != each[1]).any()
 
 
 def test_weighed_membranes_are_coded_better_than_what_is_between(known: Labelled, traced: Traced) -> None:

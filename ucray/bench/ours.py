@@ -5,6 +5,7 @@ Every byte that an archive spends on a chunk is counted.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from ucray.codec.weights import Weights
 from ucray.grid import Box, Shape3, triple
 
 Volume = npt.NDArray[np.generic]
+Shared = ctypes.Array[ctypes.c_ubyte]
 
 SEARCHED = 16
 """Chunks on which the quality for a ratio is searched."""
@@ -80,7 +82,10 @@ class VolumeCodec:
         # What the processes must load and build is done before anything is timed.
         context = multiprocessing.get_context("spawn")
         ready = context.Barrier(PROCESSES + 1)
-        self._pool = context.Pool(PROCESSES, _Worker.start, (volume, weights.to_bytes(), self._format, ready))
+        # Decoded voxels go where this process finds them, as those of a cluster's workers go into an object.
+        self._decoded = context.RawArray(ctypes.c_ubyte, volume.nbytes)
+        arguments = volume, self._decoded, weights.to_bytes(), self._format, ready
+        self._pool = context.Pool(PROCESSES, _Worker.start, arguments)
         ready.wait()
 
     def __enter__(self) -> Self:
@@ -119,16 +124,11 @@ class VolumeCodec:
 
     def decode(self, coded: Coded, part: str = "student") -> Volume:
         """The volume back, with the student or the teacher."""
-        shares = self._pool.starmap(
-            _Worker.decode, [(coded.chunks[n::PROCESSES], part) for n in range(PROCESSES)], chunksize=1
+        chunks = list(zip(self._boxes, coded.chunks, strict=True))
+        self._pool.starmap(
+            _Worker.decode, [(chunks[n::PROCESSES], part) for n in range(PROCESSES)], chunksize=1
         )
-        decoded = np.empty_like(self._volume)
-        for number, box in enumerate(self._boxes):
-            voxels = shares[number % PROCESSES][number // PROCESSES]
-            decoded[box.slices] = (
-                self._format.fill_value if voxels is None else voxels[tuple(slice(0, n) for n in box.shape)]
-            )
-        return decoded
+        return _voxels(self._decoded, self._volume).copy()
 
 
 class _Worker:
@@ -136,8 +136,10 @@ class _Worker:
 
     mine: ClassVar[_Worker]
 
-    def __init__(self, volume: Volume, weights: Weights, chunk: ChunkFormat) -> None:
+    def __init__(self, volume: Volume, decoded: Volume, weights: Weights, chunk: ChunkFormat) -> None:
         self._volume = volume
+        self._decoded = decoded
+        self._fill_value = chunk.fill_value
         self._encoder = ChunkEncoder(weights, chunk)
         self._decoders = {
             part: ChunkDecoder(weights, chunk, part=part)
@@ -146,10 +148,12 @@ class _Worker:
         }
 
     @classmethod
-    def start(cls, volume: Volume, weights: bytes, chunk: ChunkFormat, ready: Barrier) -> None:
+    def start(
+        cls, volume: Volume, decoded: Shared, weights: bytes, chunk: ChunkFormat, ready: Barrier
+    ) -> None:
         """Begin a process, which has one core to itself."""
         keep_freed_memory()
-        cls.mine = cls(volume, Weights.from_bytes(weights), chunk)
+        cls.mine = cls(volume, _voxels(decoded, volume), Weights.from_bytes(weights), chunk)
         # Much is loaded and compiled by the first chunk alone.
         first = cls.mine._encoder.encode(volume[tuple(slice(0, n) for n in chunk.shape)], WARMING).data
         for decoder in cls.mine._decoders.values():
@@ -166,7 +170,15 @@ class _Worker:
         ]
 
     @staticmethod
-    def decode(chunks: Sequence[bytes], part: str) -> list[Volume | None]:
-        """Voxels of chunks; None for one of nothing but fill."""
-        found = iter(_Worker.mine._decoders[part].decode_many([data for data in chunks if data]))
-        return [next(found) if data else None for data in chunks]
+    def decode(chunks: Sequence[tuple[Box, bytes]], part: str) -> None:
+        """Some of the volume's chunks; one without bytes is nothing but fill."""
+        mine = _Worker.mine
+        found = iter(mine._decoders[part].decode_many([data for _, data in chunks if data]))
+        for box, data in chunks:
+            inside = tuple(slice(0, n) for n in box.shape)
+            mine._decoded[box.slices] = next(found)[inside] if data else mine._fill_value
+
+
+def _voxels(memory: Shared, like: Volume) -> Volume:
+    """Memory that processes share as a volume."""
+    return np.frombuffer(memoryview(memory), like.dtype).reshape(like.shape)

@@ -17,7 +17,7 @@ from ucray.bench.peers import PEERS
 from ucray.bench.reconstruction import decoded_at, missing_reason
 from ucray.bench.run import OURS
 from ucray.bench.samples import blocks
-from ucray.bench.tissue import Labels, Tracer, Volume, f1, information, rand_error
+from ucray.bench.tissue import Features, Labels, Sight, Tracer, Volume, f1, information, rand_error
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
 from ucray.grid import Box, Shape3, triple
@@ -131,12 +131,14 @@ def run_task(
     codecs: Sequence[str] = (),
     ratios: Sequence[float],
     data_range: float,
+    tracers: int = 1,
     watch: Watch = lambda codec: None,
 ) -> Traced:
     """Code a volume with every codec, and trace in each half of what comes back as its other half taught.
 
-    Halves lie along y. A peer is taken at its coarsest setting that spends no fewer bytes than `ratios` ask
-    for, and that is looked for between those of the benchmark.
+    Halves lie along y. Each is traced by so many `tracers`, which learnt from other voxels of the same half;
+    figures are means over them. A peer is taken at its coarsest setting that spends no fewer bytes than
+    `ratios` ask for, and that is looked for between those of the benchmark.
 
     Raises
     ------
@@ -152,7 +154,7 @@ def run_task(
     if unknown := sorted(set(chosen) - {*OURS, *PEERS, MEMBRANES}):
         raise SettingsError(f"--codecs {','.join(unknown)}: not known")
     watch("learning")
-    halves = _halves(task, given)
+    halves = _halves(task, given, tracers)
     voxels = given.voxels
     watch(ORIGINAL)
     before, shown = _looked_at(task, halves, voxels)
@@ -178,49 +180,60 @@ def run_task(
 
 @dataclass(frozen=True)
 class _Half:
-    """One half of a volume, and a tracer that learnt from the other."""
+    """One half of a volume, and tracers that learnt from the other."""
 
     box: Box
     known: Labelled
-    tracer: Tracer
+    sight: Sight
+    tracers: tuple[Tracer, ...]
 
     def of(self, volume: Volume) -> Volume:
         return volume[self.box.slices]
 
+    def features(self, volume: Volume) -> Features:
+        return self.sight.features(self.of(volume))
 
-def _halves(task: str, given: Labelled) -> list[_Half]:
+
+def _halves(task: str, given: Labelled, tracers: int) -> list[_Half]:
     shape = triple(iter(given.voxels.shape))
     middle = (0, shape[1] // 2, 0)
     boxes = Box((0, 0, 0), (shape[0], middle[1], shape[2])), Box(middle, shape)
     parts = [given.part(box) for box in boxes]
-    tracers = [
-        Tracer.trained(
-            part.voxels,
-            part.membrane,
-            part.known,
-            part.segments if task == "segmentation" else None,
-            flat=given.flat,
-            seed=SEED,
-        )
-        for part in parts
-    ]
-    return [_Half(*half) for half in zip(boxes, parts, reversed(tracers), strict=True)]
+    learnt = [_learnt(task, part, tracers) for part in parts]
+    return [_Half(box, part, *other) for box, part, other in zip(boxes, parts, learnt[::-1], strict=True)]
+
+
+def _learnt(task: str, part: Labelled, tracers: int) -> tuple[Sight, tuple[Tracer, ...]]:
+    sight = Sight.of(part.voxels, flat=part.flat)
+    features = sight.features(part.voxels)
+    segments = part.segments if task == "segmentation" else None
+    seeds = range(SEED, SEED + tracers)
+    return sight, tuple(
+        Tracer.trained(features, part.membrane, part.known, segments, seed=seed) for seed in seeds
+    )
 
 
 def _looked_at(
     task: str, halves: Sequence[_Half], volume: Volume
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.generic]]:
-    """Figures (blocks, figures) of what is found in a volume, and what has outlines in its last half."""
-    found = [Found.of(task, half.tracer, half.of(volume)) for half in halves]
-    figures = [_figures(one, half.known) for one, half in zip(found, halves, strict=True)]
-    return np.concatenate(figures), found[-1].shown
+    """Figures (blocks, figures) of what is found in a volume, and what has outlines in its last half.
+
+    That is what the first of its tracers found.
+    """
+    figures = []
+    for half in halves:
+        features = half.features(volume)
+        found = [Found.of(task, tracer, features) for tracer in half.tracers]
+        figures.append(np.mean([_figures(one, half.known) for one in found], axis=0))
+    return np.concatenate(figures), found[0].shown
 
 
 def _membranes(halves: Sequence[_Half], volume: Volume) -> npt.NDArray[np.float32]:
     """What errors weigh where membranes are to be kept."""
     weights = np.empty(volume.shape, np.float32)
     for half in halves:
-        weights[half.box.slices] = 1.0 + MEMBRANE_GAIN * half.tracer.membranes(half.of(volume))
+        membranes = half.tracers[0].membranes(half.features(volume))
+        weights[half.box.slices] = 1.0 + MEMBRANE_GAIN * membranes
     return weights
 
 
@@ -232,9 +245,9 @@ class Found:
     segments: Labels | None
 
     @classmethod
-    def of(cls, task: str, tracer: Tracer, voxels: Volume) -> Found:
-        """What is there for a task in voxels (z, y, x)."""
-        probability = tracer.membranes(voxels)
+    def of(cls, task: str, tracer: Tracer, features: Features) -> Found:
+        """What is there for a task in voxels of these features."""
+        probability = tracer.membranes(features)
         segments = tracer.segments(probability) if task == "segmentation" else None
         return cls(probability > tracer.threshold, segments)
 

@@ -25,6 +25,8 @@ import numpy.typing as npt
 Volume = npt.NDArray[np.generic]
 Probability = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+Features = npt.NDArray[np.float32]
+"""(z, y, x, features)."""
 
 SIGMAS = (1.0, 4.0, 3)
 """Smallest and largest scale of the features in voxels, and how many."""
@@ -47,34 +49,48 @@ FLAT = 2.0
 
 
 @dataclass(frozen=True)
+class Sight:
+    """How voxels are looked at: normalised, and if `flat` section by section."""
+
+    offset: float
+    scale: float
+    flat: bool
+
+    @classmethod
+    def of(cls, volume: Volume, *, flat: bool) -> Sight:
+        """As suits a volume."""
+        return cls(float(volume.mean()), float(volume.std()) or 1.0, flat)
+
+    def features(self, volume: Volume) -> Features:
+        """Features (z, y, x, features) of voxels (z, y, x)."""
+        values = (volume.astype(np.float32) - np.float32(self.offset)) / np.float32(self.scale)
+        return _features(values.astype(np.float32), self.flat)
+
+
+@dataclass(frozen=True)
 class Tracer:
     """What was learnt: a forest, the probability from which a voxel is membrane, and where borders are weak.
 
-    `flat` says that features are those of single sections. `merge` is None where no segments were learnt.
+    `merge` is None where no segments were learnt.
     """
 
     forest: Any
-    offset: float
-    scale: float
     threshold: float
     merge: float | None
-    flat: bool
 
     @classmethod
     def trained(
         cls,
-        volume: Volume,
+        features: Features,
         membrane: npt.NDArray[np.bool_],
         known: npt.NDArray[np.bool_],
         segments: Labels | None,
         *,
-        flat: bool,
         seed: int,
     ) -> Tracer:
-        """Learn from original voxels (z, y, x), which are membrane, where that is known, and neurons."""
+        """Learn from features of original voxels, which are membrane, where that is known, and neurons."""
         random = np.random.default_rng(seed)
-        offset, scale = float(volume.mean()), float(volume.std()) or 1.0
-        features = _features(_normalised(volume, offset, scale), flat)
+        size, columns = membrane.size, np.arange(membrane.shape[2])
 
         def learnt(used: npt.NDArray[np.bool_]) -> Any:
             """A forest, or None where there is nothing to tell apart."""
@@ -83,13 +99,12 @@ class Tracer:
                 return None
             drawn = [random.choice(found, min(SAMPLES, len(found)), replace=False) for found in places]
             chosen = np.concatenate(drawn)
-            rows = features.reshape(volume.size, -1)[chosen]
+            rows = features.reshape(size, -1)[chosen]
             with _warning_filters_kept():
                 return _forest(seed).fit(rows, membrane.reshape(-1)[chosen])
 
         forest = learnt(known)
-        found = np.empty(volume.shape, np.float32)
-        columns = np.arange(volume.shape[2])
+        found = np.empty(membrane.shape, np.float32)
         for slab in np.array_split(columns, min(PARTS, len(columns))):
             here = (..., slice(slab[0], slab[-1] + 1))
             others = known.copy()
@@ -98,16 +113,16 @@ class Tracer:
             found[here] = _probability(forest if unseen is None else unseen, features[(*here, slice(None))])
         levels = np.linspace(0.05, 0.95, 19)
         threshold = float(max(levels, key=lambda level: f1((found > level)[known], membrane[known])))
-        tracer = cls(forest, offset, scale, threshold, None, flat)
+        tracer = cls(forest, threshold, None)
         if segments is None:
             return tracer
         fragments = tracer.fragments(found)
         merge = min(MERGES, key=lambda level: sum(information(merged(fragments, found, level), segments)))
-        return cls(forest, offset, scale, threshold, merge, flat)
+        return cls(forest, threshold, merge)
 
-    def membranes(self, volume: Volume) -> Probability:
-        """Probability that a voxel is membrane."""
-        return _probability(self.forest, _features(_normalised(volume, self.offset, self.scale), self.flat))
+    def membranes(self, features: Features) -> Probability:
+        """Probability (z, y, x) that a voxel is membrane."""
+        return _probability(self.forest, features)
 
     def segments(self, probability: Probability) -> Labels:
         """Neurons by number."""
@@ -183,12 +198,7 @@ def _known(found: Labels, wanted: Labels) -> tuple[Labels, Labels]:
     return found[known], wanted[known]
 
 
-def _normalised(volume: Volume, offset: float, scale: float) -> npt.NDArray[np.float32]:
-    return ((volume.astype(np.float32) - np.float32(offset)) / np.float32(scale)).astype(np.float32)
-
-
-def _features(volume: npt.NDArray[np.float32], flat: bool) -> npt.NDArray[np.float32]:
-    """Features (z, y, x, features)."""
+def _features(volume: npt.NDArray[np.float32], flat: bool) -> Features:
     from skimage.feature import multiscale_basic_features
 
     low, high, count = SIGMAS
@@ -208,8 +218,7 @@ def _forest(seed: int) -> Any:
     return RandomForestClassifier(TREES, max_depth=DEPTH, min_samples_leaf=LEAF, random_state=seed, n_jobs=-1)
 
 
-def _probability(forest: Any, features: npt.NDArray[np.float32]) -> Probability:
-    """Of features (z, y, x, features)."""
+def _probability(forest: Any, features: Features) -> Probability:
     *shape, count = features.shape
     with _warning_filters_kept():
         found = forest.predict_proba(features.reshape(-1, count))[:, 1]

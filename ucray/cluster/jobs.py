@@ -164,6 +164,7 @@ def train(
     init: str | None = None,
     large: bool = False,
     sizes: DecoderSizes = DecoderSizes(),
+    more_latents: int = 0,
     workers: int = 1,
     worker_cpus: float | None = None,
     use_gpu: bool = False,
@@ -189,6 +190,8 @@ def train(
         raise DestinationError(f"{destination} exists; give another name")
     if init is None and settings is not None and settings.keep_stream:
         raise SettingsError("--keep-stream wants a stream that is there; give --init")
+    if init is None and more_latents:
+        raise SettingsError("--more-latents are more than those of weights that are there; give --init")
     if large and init is not None:
         raise SettingsError("--large sizes new networks; those of --init have their size")
     start = load_weights(init, connection.endpoint_url) if init is not None else None
@@ -201,6 +204,7 @@ def train(
             start=start,
             large=large,
             sizes=sizes,
+            more_latents=more_latents,
             chunk=chunk,
             region=None if roi is None else parse_box(roi, volume.shape),
             workers=workers,

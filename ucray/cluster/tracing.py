@@ -43,6 +43,8 @@ class Tracing:
         some are `membrane`.
     chunk
         What ucray codes at once; by default as its weights say.
+    tracers
+        How many trace, of which figures are means.
     """
 
     source: str
@@ -51,6 +53,7 @@ class Tracing:
     roi: str | None = None
     chunk: Shape3 | None = None
     connection: Connection = Connection()
+    tracers: int = 1
 
     def run(
         self,
@@ -76,6 +79,7 @@ class Tracing:
             codecs=codecs,
             ratios=ratios,
             data_range=data_range([voxels], volume.dtype, volume.fill_value),
+            tracers=self.tracers,
             watch=lambda codec: listener(Event("trace", 0, 1, codec)),
         )
         return found, f"{self.source.rstrip('/').rpartition('/')[2]} {region}: {task}"

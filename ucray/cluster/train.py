@@ -94,6 +94,7 @@ def train(
     start: Weights | None = None,
     large: bool = False,
     sizes: DecoderSizes = DecoderSizes(),
+    more_latents: int = 0,
     chunk: Shape3 | None = None,
     region: Box | None = None,
     tiles: int = TILES,
@@ -116,6 +117,8 @@ def train(
         Train LARGE_NETWORKS, where `start` does not say which; for a GPU.
     sizes
         Of the decoders, where they are to be others than those of `start` or the default.
+    more_latents
+        How many a cell has beyond those of `start`, in a group of their own.
     chunk
         Voxels of a training crop; the volume's default chunk if None.
     region
@@ -137,6 +140,8 @@ def train(
     if sizes.teacher_filter is not None and settings.teacher_steps == 0:
         raise SettingsError("--teacher-filter begins with nothing, and --train-steps 0 teaches it nothing")
     shaped = start.config if start is not None else config_for(volume, large=large)
+    if more_latents:
+        shaped = replace(shaped, groups=(*shaped.groups, more_latents))
     config = trained_config(sizes.given_to(shaped), keep_stream=settings.keep_stream)
     chunk = chunk or default_chunk(config)
     region = region or Box((0, 0, 0), volume.shape)

@@ -10,6 +10,7 @@ working transform codec instead of from noise. `ucray.codec.network` adds networ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Self
 
@@ -161,30 +162,39 @@ class LinearSynthesis(LinearTransform):
 
 def start_linear(analysis: LinearAnalysis, synthesis: LinearSynthesis, tiles: Tensor) -> None:
     """Set the linear parts to the Karhunen-Loeve transform of `tiles` (batch, 1, z, y, x)."""
-    stride = analysis.linear.stride
     with torch.no_grad():
         subbands = analysis.subbands(tiles)
-        blocks = subbands
-        for axis, size in enumerate(stride, start=2):
-            blocks = blocks.unfold(axis, int(size), int(size))
-        samples = blocks.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, analysis.linear.weight[0].numel())
-        covariance = samples.T.double() @ samples.double() / len(samples)
-        energy, vectors = torch.linalg.eigh(covariance)
         kept = analysis.linear.out_channels
-        basis = vectors[:, -kept:].flip(1).T.float()
-        # The sign of an eigenvector is arbitrary; fix it so that a seed gives the same weights anywhere.
-        basis = basis * basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()
+        basis, energy = principal(latent_cells(subbands, analysis.linear.stride), kept)
         weight = basis.reshape(analysis.linear.weight.shape)
         analysis.linear.weight.copy_(weight)
         synthesis.linear.weight.copy_(weight)
         scales = {
-            "latent_scale": energy[-kept:].flip(0).clamp_min(1e-6).sqrt().float(),
+            "latent_scale": energy.clamp_min(1e-6).sqrt().float(),
             "subband_scale": subbands.square().mean(dim=(0, 2, 3, 4)).clamp_min(1e-6).sqrt(),
         }
         for network in (analysis, synthesis):
             for name, buffer in network.named_buffers(recurse=False):
                 if name in scales:
                     buffer.copy_(scales[name])
+
+
+def latent_cells(subbands: Tensor, stride: Sequence[int]) -> Tensor:
+    """Subbands (batch, subbands, ...) cell by cell: what a latent is a weighted sum of (cells, numbers)."""
+    blocks = subbands
+    for axis, size in enumerate(stride, start=2):
+        blocks = blocks.unfold(axis, size, size)
+    return blocks.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3)
+
+
+def principal(samples: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Directions (count, numbers) in which samples (cells, numbers) are largest; mean squares, float64."""
+    covariance = samples.T.double() @ samples.double() / len(samples)
+    energy, vectors = torch.linalg.eigh(covariance)
+    basis = vectors[:, -count:].flip(1).T.float()
+    # The sign of an eigenvector is arbitrary; fix it so that a seed gives the same weights anywhere.
+    basis = basis * basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()
+    return basis, energy[-count:].flip(0)
 
 
 def in_float32(x: Tensor) -> AbstractContextManager[None]:

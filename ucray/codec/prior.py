@@ -95,12 +95,12 @@ class ContextPrior(nn.Module):
         """log2 gain (batch, latents) at qualities (batch,) from 0 to QUALITIES - 1."""
         return at_quality(self.log_gain, quality)
 
-    def start(self, deviation: Tensor) -> None:
-        """Start from latents of known standard deviation (latents,)."""
+    def start(self, deviation: Tensor, first: int = 0) -> None:
+        """Start latents from the `first` on, whose standard deviations (latents - first,) are known."""
         # A logistic of scale s has a standard deviation of s * pi / sqrt(3).
         with torch.no_grad():
-            self.deviation.copy_(deviation)
-            self.base.copy_((deviation * math.sqrt(3.0) / math.pi).log2())
+            self.deviation[first:].copy_(deviation)
+            self.base[first:].copy_((deviation * math.sqrt(3.0) / math.pi).log2())
 
     def to_integers(self, entries: Tensor) -> ContextModel:
         """Round to what the stream stores, with codebook entries (stages, codes, width)."""
@@ -127,14 +127,18 @@ class ContextPrior(nn.Module):
             )
 
     def from_integers(self, model: ContextModel) -> list[Pass]:
-        """Take over what `to_integers` gave; passes of which the model has no network are given back."""
+        """Take over what `to_integers` gave; passes of which the model has no network are given back.
+
+        It may have fewer latents: then it has the first ones.
+        """
         stored = dict(zip(model.passes, model.networks, strict=True))
+        known = len(model.base)
         with torch.no_grad():
-            self.base.copy_(torch.from_numpy(model.base.astype(np.float32) / SCALE_UNITS))
+            self.base[:known].copy_(torch.from_numpy(model.base.astype(np.float32) / SCALE_UNITS))
             gain = torch.from_numpy(model.gain.astype(np.float32) / SCALE_UNITS)
             knots = torch.linalg.lstsq(_between_knots(), gain).solution
-            self.log_gain.copy_(_in_units(knots + _widening(model.spacing > 1)))
-            self.deviation.copy_(torch.from_numpy(model.deviation.copy()))
+            self.log_gain[:, :known].copy_(_in_units(knots + _widening(model.spacing > 1)))
+            self.deviation[:known].copy_(torch.from_numpy(model.deviation.copy()))
             for part, network in zip(self.passes, self.networks, strict=True):
                 if part not in stored:
                     continue

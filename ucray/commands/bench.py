@@ -61,6 +61,10 @@ def bench(
         str | None, typer.Option(help="Volume of neurons by number, or of classes (--membrane).")
     ] = None,
     membrane: Annotated[str, typer.Option(help="Classes of --labels that are membrane, with commas.")] = "",
+    tracers: Annotated[
+        int,
+        typer.Option(min=1, max=100, help="Tracers, of which figures are means: what one finds is chance."),
+    ] = 1,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
     select: Select = None,
@@ -89,7 +93,7 @@ def bench(
     elif levels is not None:
         _levels(source, output, loaded, levels, asked, roi, connection, as_json=as_json)
     elif task is not None and labels is not None:
-        tracing = Tracing(source, labels, parse_classes(membrane), roi, shape, connection)
+        tracing = Tracing(source, labels, parse_classes(membrane), roi, shape, connection, tracers)
         _task(tracing, output, loaded, task, names, asked, as_json=as_json)
     else:
         how: dict[str, Any] = {"codecs": names, "ratios": asked, "roi": roi, "chunk": shape}

@@ -74,6 +74,9 @@ def train(
     large: Annotated[
         bool, typer.Option("--large", help="Larger analysis and teacher; takes a GPU to train.")
     ] = False,
+    more_latents: Annotated[
+        int, typer.Option(min=0, max=1024, help="Latents a cell beyond those of --init, for finer qualities.")
+    ] = 0,
     student: Annotated[
         str | None,
         typer.Option(
@@ -133,6 +136,7 @@ def train(
                 None if student_filter is None else FilterConfig.parse(student_filter),
                 None if teacher_filter is None else FilterConfig.parse(teacher_filter),
             ),
+            more_latents=more_latents,
             workers=workers,
             worker_cpus=worker_cpus,
             use_gpu=gpu,

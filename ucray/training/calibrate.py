@@ -16,7 +16,7 @@ from ucray.codec.context import FEATURE_UNITS, TABLES
 from ucray.codec.frequencies import FrequencyTables, logistic_weights, to_frequencies
 from ucray.codec.lapping import Lapping
 from ucray.codec.linear import LinearSynthesis
-from ucray.codec.network import load_network
+from ucray.codec.network import analysis_of, load_network
 from ucray.codec.passes import Pass
 from ucray.codec.residual import to_cells
 from ucray.codec.stream import StreamModel
@@ -25,6 +25,7 @@ from ucray.codec.unlapping import LARGEST_ENTRY, SHIFT
 from ucray.codec.weights import SCALE, Weights, stream_tensors
 from ucray.config import QUALITIES, CodecConfig
 from ucray.training.loss import Coder, in_fewer_bits
+from ucray.training.widening import take_first
 
 PRIOR_COUNT = 400.0
 """Observations that the logistic prior is worth against the counted symbols of a table."""
@@ -92,11 +93,13 @@ def to_weights(
 
 
 def load_coder(weights: Weights, coder: Coder) -> list[Pass]:
-    """Start a coder of the same configuration, but for its order, from stored weights.
+    """Start a coder of the same configuration, but for its order and more latents, from stored weights.
 
     What is left for it to learn are the networks of the passes that are given back.
     """
-    load_network(weights, "analysis", coder.analysis)
+    known = analysis_of(weights.config)
+    load_network(weights, "analysis", known)
+    take_first(coder.analysis.state_dict(), known.state_dict())
     context = weights.stream.context
     with torch.no_grad():
         entries = context.codebook.astype(np.float32) / FEATURE_UNITS

@@ -35,10 +35,11 @@ from ucray.settings import TrainingConfig
 from ucray.training.calibrate import freeze, load_coder, to_weights
 from ucray.training.lapping import start_lapping
 from ucray.training.loss import Coder, Distillation, RateDistortion, draw_quality
-from ucray.training.ordering import ORDER_CHUNKS, learn_order
+from ucray.training.ordering import ORDER_CHUNKS, learn_passes
 from ucray.training.prune import Networks, prune
 from ucray.training.schedule import share_of_rate
 from ucray.training.soap import Soap
+from ucray.training.widening import is_wider, start_rest, take_first
 
 TABLE_SPEED = 10.0
 """Learning rate of what depends on the quality against the networks': an entry meets few of the chunks."""
@@ -51,6 +52,9 @@ LAPPING_SPEED = 0.3
 
 START_TILES = 32
 """Chunks from which the linear parts are started."""
+
+REST_TILES = 64
+"""Chunks from which latents that are added are started: what they stand for is nearly all noise."""
 
 Figures = dict[str, Tensor]
 
@@ -66,7 +70,8 @@ class Trainer:
         Weights to start from; their configuration must be the same but for the decoders: networks and
         post-filters that are of another size start anew, the student's as the teacher's where they are now
         as large. Where the stream is not kept, it may also lack the
-        trellis that `config` has, and its order.
+        trellis that `config` has, and its order. It may lack the last groups of latents either way; what is
+        kept then are the others.
     device
         Where the networks live.
     wrap
@@ -85,7 +90,7 @@ class Trainer:
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
         rank: int = 0,
     ) -> None:
-        if start is not None and _lasting(start.config, settings) != _lasting(config, settings):
+        if start is not None and not _goes_on(start.config, config, settings):
             raise SettingsError(
                 "the weights to start from are of another configuration (anisotropy of the voxels, widths); "
                 "train from nothing, or choose weights of a like volume"
@@ -104,7 +109,8 @@ class Trainer:
         self._started = start is not None
         self._missing: list[Pass] = []
         self._kept_tensors: dict[str, Array] = {}
-        if start is not None and settings.keep_stream:
+        self._known = config.latents if start is None else start.config.latents
+        if start is not None and settings.keep_stream and self._known == config.latents:
             # What was counted stays too: chunks are the same to the byte.
             for part in ("stream", "analysis", "reference"):
                 self._kept_tensors |= start.part(part, keep_prefix=True)
@@ -168,7 +174,10 @@ class Trainer:
             batches = (draw(START_TILES).to(self.device) for _ in range(ORDER_CHUNKS // START_TILES))
             # All workers draw alike: they get the same chunks, and end with the same networks.
             alike = torch.Generator(self.device).manual_seed(self.settings.seed)
-            learn_order(self.coder, self._missing, self.config, batches, alike)
+            if self._known < self.config.latents:
+                decoders = self.teacher, self.student
+                start_rest(self.coder, decoders, self._known, draw(REST_TILES).to(self.device))
+            learn_passes(self.coder, self._missing, self.config, batches, alike)
             self._missing = []
         if self._started:
             return
@@ -286,6 +295,12 @@ def _lasting(config: CodecConfig, settings: TrainingConfig) -> CodecConfig:
     return replace(lasting, first_dependent=None, interlaced=False, trellis_states=8)
 
 
+def _goes_on(start: CodecConfig, config: CodecConfig, settings: TrainingConfig) -> bool:
+    """Whether weights of a configuration can be trained on as another."""
+    wider = replace(start, groups=config.groups) if is_wider(config, start) else start
+    return _lasting(wider, settings) == _lasting(config, settings)
+
+
 def _start_like(decoder: LinearSynthesis, stored: LinearSynthesis) -> None:
     """Give a decoder what stored weights have for it: its linear part, and what of the rest is as large."""
     _start_linear_like(decoder, stored)
@@ -305,16 +320,15 @@ def _start_scales(network: nn.Module, *others: nn.Module) -> None:
     with torch.no_grad():
         for other in others:
             scales = dict(other.named_buffers(recurse=False))
-            for name, buffer in network.named_buffers(recurse=False):
-                if name in scales and name.endswith("_scale"):
-                    buffer.copy_(scales[name])
+            mine = dict(network.named_buffers(recurse=False))
+            take_first(mine, {n: s for n, s in scales.items() if n in mine and n.endswith("_scale")})
 
 
 def _start_linear_like(student: LinearSynthesis, other: LinearSynthesis) -> None:
     """Give a student another synthesis' linear part and scales: what is linear needs no teaching."""
     _start_scales(student, other)
     for name in ("linear", "rescaled", "lapped"):
-        getattr(student, name).load_state_dict(getattr(other, name).state_dict())
+        take_first(getattr(student, name).state_dict(), getattr(other, name).state_dict())
 
 
 def _tables(module: nn.Module) -> list[nn.Parameter]:

@@ -1,11 +1,12 @@
-"""Context networks for an order of coding that weights to start from did not have.
+"""Context networks for passes that weights to start from did not have, on latents that stay as they are.
 
-Only the first group is ever coded in another order, in the context of nothing but itself; so its networks are
-learnt by themselves, on latents that stay as they are, in seconds.
+That is another order of the first group, which is coded in the context of nothing but itself, so that its
+networks are learnt by themselves in seconds; or groups that were added.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -19,22 +20,25 @@ from ucray.training.loss import Coder, draw_quality, in_fewer_bits
 from ucray.training.schedule import share_of_rate
 
 ORDER_CHUNKS = 512
-"""Chunks to learn from: of each cell only the first group's channels are kept."""
+"""Chunks to learn from: of each cell only the channels that are needed are kept."""
 
 STEPS = 400
-BATCH = 24
+BATCH, LARGE_BATCH = 4, 24
+"""Chunks a step; the first group alone, which has few latents, takes the more."""
+
 LEARNING_RATE = 3e-3
 
 
-def learn_order(
+def learn_passes(
     coder: Coder,
     missing: Sequence[Pass],
     config: CodecConfig,
     batches: Iterable[Tensor],
     generator: torch.Generator,
 ) -> None:
-    """Train the networks of the `missing` passes, of the first group, on chunks (batch, 1, z, y, x)."""
-    prior, channels = coder.prior, config.groups[0]
+    """Train the networks of the `missing` passes on chunks (batch, 1, z, y, x)."""
+    prior, channels = coder.prior, max(part.last for part in missing)
+    count = 1 + list(itertools.accumulate(config.groups)).index(channels)
     latents, vectors = [], []
     for x in batches:
         with torch.no_grad(), in_fewer_bits(x):
@@ -42,7 +46,8 @@ def learn_order(
         latents.append(y[:, :channels])
         vectors.append(coder.coded(z)[1])
     y, side = torch.cat(latents), torch.cat(vectors)
-    alone = ContextPrior(replace(config, groups=config.groups[:1], checkered=1)).to(y.device)
+    checkered = min(count, config.checkered)
+    alone = ContextPrior(replace(config, groups=config.groups[:count], checkered=checkered)).to(y.device)
     with torch.no_grad():
         alone.base.copy_(prior.base[:channels])
         alone.log_gain.copy_(prior.log_gain[:, :channels])
@@ -54,11 +59,12 @@ def learn_order(
         if part in missing:
             learning += list(network.requires_grad_(True).parameters())
     optimizer = torch.optim.Adam(learning, LEARNING_RATE)
+    batch = LARGE_BATCH if count == 1 else BATCH
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * share_of_rate(step, STEPS)
-        chosen = torch.randint(len(y), (BATCH,), generator=generator, device=y.device)
+        chosen = torch.randint(len(y), (batch,), generator=generator, device=y.device)
         seen = y[chosen]
-        quality = torch.rand(BATCH, generator=generator, device=y.device) * (QUALITIES - 1)
+        quality = torch.rand(batch, generator=generator, device=y.device) * (QUALITIES - 1)
         noise = torch.rand(seen.shape, generator=generator, device=y.device) - 0.5
         bits = alone(seen, side[chosen], quality, noise).bits / seen[0].numel()
         # Fine qualities take more bits; what an order saves is as many at all of them.
