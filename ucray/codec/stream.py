@@ -6,6 +6,7 @@ and table of every latent from what was coded before. This module imports no tor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ LARGEST_SCALED = 2.0 * (LARGEST_SYMBOL - 2)
 """Quantisation steps that a symbol on a path can stand for."""
 
 SMALLEST = 0.5
-"""Of the space between symbols: passes whose latents are all smaller are not looked at.
+"""Of the space between symbols: latents that are smaller say nothing of whether a pass is worth a look.
 
 Rounded one by one they would be zero, but for a mean that says otherwise; on a path few are not.
 """
@@ -161,11 +162,20 @@ class StreamModel:
         return share * SLOPE * self._rounding**2
 
     def _last_pass(self, walk: Walk, latents: npt.NDArray[np.float32], step: npt.NDArray[np.int32]) -> int:
-        """How many passes hold all latents of SMALLEST or more: no later one is worth a look."""
+        """How many passes there are up to the last one that is worth a look."""
         smallest = SMALLEST * self.context.spacing
         for count in range(len(self.context.passes), 0, -1):
             part = self.context.passes[count - 1]
-            if (np.abs(walk.rows(part, latents)) > smallest * step[part.first : part.last]).any():
+            steps = step[part.first : part.last]
+            rows = walk.rows(part, latents)
+            large = np.abs(rows) > smallest * steps
+            found = np.count_nonzero(large)
+            if not found:
+                continue
+            # Where few latents are not zero, which ones takes most of the bits; and a bit is their sign.
+            bits = math.log2(large.size / found) + math.log2(math.e) + 1.0
+            gains = np.square((rows / steps)[large]) - self._slope * bits
+            if gains[gains > 0.0].sum() > self._slope * PASS_BITS:
                 return count
         return 0
 
