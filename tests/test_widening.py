@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_LONG_PATHS, SmoothVolume
 from msgspec.structs import replace
+from typer.testing import CliRunner
 
+import ucray
+from ucray.cli import app
 from ucray.codec.bitstream import NeuralBody, read_chunk
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.conditioning import KNOTS
@@ -145,6 +150,19 @@ def test_a_run_that_was_lost_goes_on(narrow: Weights, tiles: torch.Tensor, wide:
 def test_other_latents_than_there_are_are_refused(narrow: Weights, groups: tuple[int, ...]) -> None:
     with pytest.raises(SettingsError, match="another configuration"):
         Trainer(replace(LINEAR, groups=groups), NOTHING, start=narrow)
+
+
+@pytest.mark.parametrize(("init", "told"), [([], "give --init"), (["--init", "W"], "linear alone")])
+def test_latents_that_cannot_be_added_are_refused_before_anything_is_read(
+    init: list[str], told: str, tmp_path: Path, long_path_weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("W").write_bytes(long_path_weights.to_bytes())
+    ucray.synth("em.zarr", (32, 32, 32))
+    found = CliRunner().invoke(app, ["train", "em.zarr", "out", "--more-latents", "8", *init])
+    assert isinstance(found.exception, SettingsError)
+    assert told in str(found.exception)
+    assert not Path("out").exists()
 
 
 def test_weights_with_networks_are_refused(long_path_weights: Weights) -> None:

@@ -32,6 +32,7 @@ from ucray.storage.importance import ImportanceMap
 from ucray.storage.objects import open_objects, open_writable_store, translated
 from ucray.storage.space import Space
 from ucray.synthetic import synthetic_volume
+from ucray.training.widening import check_linear
 
 
 def synth(
@@ -195,6 +196,8 @@ def train(
     if large and init is not None:
         raise SettingsError("--large sizes new networks; those of --init have their size")
     start = load_weights(init, connection.endpoint_url) if init is not None else None
+    if start is not None and more_latents:
+        check_linear(start.config)
     telemetry = Telemetry()
     with ray_session(), telemetry.served(metrics_port, metrics_linger):
         weights = train_on_ray(

@@ -30,14 +30,19 @@ def is_wider(config: CodecConfig, than: CodecConfig) -> bool:
     Raises
     ------
     SettingsError
-        If it has, and one of both has networks that read or make latents.
+        If it has, and the other cannot be widened.
     """
     known = len(than.groups)
     if config.groups == than.groups or config.groups[:known] != than.groups:
         return False
-    if any(networks is not None for networks in (than.analysis, than.teacher, than.student)):
-        raise SettingsError("latents can be added to weights that are linear alone, and these have networks")
+    check_linear(than)
     return True
+
+
+def check_linear(config: CodecConfig) -> None:
+    """Raise SettingsError for weights with networks that read or make latents: they would start anew."""
+    if any(networks is not None for networks in (config.analysis, config.teacher, config.student)):
+        raise SettingsError("latents can be added to weights that are linear alone, and these have networks")
 
 
 def take_first(target: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
