@@ -140,7 +140,7 @@ class LocalArchive:
         if len(coded) == 1:
             decode(*coded[0])
         elif coded:
-            with ThreadPoolExecutor(min(len(coded), len(os.sched_getaffinity(0)))) as pool:
+            with ThreadPoolExecutor(min(len(coded), os.cpu_count() or 1)) as pool:
                 list(pool.map(lambda one: decode(*one), coded))
         return found
 
