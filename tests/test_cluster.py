@@ -28,8 +28,9 @@ from ucray.cluster.worker import ShardEncoder
 from ucray.errors import ArchiveError, DestinationError, JobError, SettingsError, SourceError, WeightsError
 from ucray.grid import Shape3
 from ucray.quality import SeamSum
+from ucray.storage.index import shard_key
 from ucray.storage.objects import open_objects, open_store
-from ucray.storage.shard import STATISTICS, shard_key
+from ucray.storage.shard import STATISTICS
 
 SHAPE = (40, 70, 64)
 OPTIONS = ucray.CompressOptions(ratio=16, chunk=(32, 32, 32), shard=(32, 64, 32))

@@ -21,8 +21,8 @@ from ray.cluster_utils import Cluster
 
 import ucray
 from ucray.grid import Shape3
+from ucray.storage.index import shard_key
 from ucray.storage.objects import Objects, open_objects
-from ucray.storage.shard import shard_key
 
 SHAPE = (128, 128, 128)
 SHARDS = 64

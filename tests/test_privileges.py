@@ -19,8 +19,8 @@ import pytest
 from object_store import ObjectStore
 
 import ucray
+from ucray.storage.index import shard_key
 from ucray.storage.objects import open_objects
-from ucray.storage.shard import shard_key
 
 BUCKET = "ucray-rights"
 POLICY = {

@@ -17,7 +17,7 @@ from object_store import ObjectStore
 
 import ucray
 from ucray.grid import Box
-from ucray.storage.shard import shard_key
+from ucray.storage.index import shard_key
 from ucray.storage.volume import Volume
 
 SHAPE, SHARD = (400, 320, 320), (16, 16, 16)

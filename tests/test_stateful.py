@@ -19,7 +19,7 @@ import ucray
 from ucray.cluster.boxes import write_boxes
 from ucray.cluster.worker import ShardWriter
 from ucray.grid import Shape3
-from ucray.storage.shard import shard_key
+from ucray.storage.index import shard_key
 
 SHAPE = (64, 32, 60)
 OPTIONS = ucray.CompressOptions(ratio=4, chunk=(16, 16, 16), shard=(32, 16, 32))

@@ -35,6 +35,7 @@ from ucray.errors import (
 from ucray.grid import Box, Grid, Shape3
 from ucray.quality import ErrorSum
 from ucray.storage.archive import ArchiveSettings, create_archive, find_archive, open_archive
+from ucray.storage.index import shard_key
 from ucray.storage.objects import Objects, open_objects
 from ucray.storage.shard import (
     LARGEST_STATISTICS,
@@ -42,7 +43,6 @@ from ucray.storage.shard import (
     assemble,
     commit,
     present_shards,
-    shard_key,
     split,
     statistics_key,
 )

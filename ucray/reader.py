@@ -23,7 +23,8 @@ from ucray.errors import ArchiveError, SettingsError
 from ucray.grid import Box, Shape3, triple
 from ucray.loading import nothing_collected
 from ucray.resample import Scale3, scaled_shape, tiles
-from ucray.storage.local import ARRAY, LocalArchive
+from ucray.storage.index import ARRAY
+from ucray.storage.local import LocalArchive
 from ucray.storage.space import SPATIAL, multiscale_of, multiscale_space
 
 if TYPE_CHECKING:

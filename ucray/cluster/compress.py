@@ -32,8 +32,9 @@ from ucray.storage.archive import (
     create_archive,
     find_archive,
 )
+from ucray.storage.index import shard_key
 from ucray.storage.objects import Objects
-from ucray.storage.shard import ShardStatistics, present_shards, shard_key, statistics_key
+from ucray.storage.shard import ShardStatistics, present_shards, statistics_key
 
 LOGGER = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from ucray.errors import ArchiveError, SourceError, UcrayError
 from ucray.grid import Box, Shape3, parse_box
 from ucray.quality import ErrorSum, SeamSum
 from ucray.storage.archive import ARRAY_KEY, Archive, open_archive, stray_objects
-from ucray.storage.shard import ShardStatistics, shard_key, split
+from ucray.storage.index import shard_key
+from ucray.storage.shard import ShardStatistics, split
 from ucray.storage.volume import Volume
 
 LOGGER = logging.getLogger(__name__)

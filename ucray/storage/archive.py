@@ -32,15 +32,9 @@ from ucray.errors import ArchiveError, DestinationError
 from ucray.grid import Box, Grid, Shape3, triple
 from ucray.resample import scaled_shape
 from ucray.settings import Settings
+from ucray.storage.index import ARRAY, shard_key
 from ucray.storage.objects import Objects, open_objects
-from ucray.storage.shard import (
-    ARRAY,
-    STATISTICS,
-    ShardStatistics,
-    present_shards,
-    shard_key,
-    stored_statistics,
-)
+from ucray.storage.shard import STATISTICS, ShardStatistics, present_shards, stored_statistics
 from ucray.storage.space import Space
 from ucray.zarr_codec import UcrayCodec
 from ucray.zarr_level import LevelCodec

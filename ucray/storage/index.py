@@ -1,4 +1,4 @@
-"""The index of a shard: where its chunks lie, in the layout of zarr's sharding_indexed."""
+"""Where a shard lies in an archive, and by its index its chunks, in the layout of zarr's sharding_indexed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ucray.errors import ArchiveError
+from ucray.grid import Shape3
+
+ARRAY = "0"
 
 ABSENT = np.uint64(2**64 - 1)
 """Offset and length of a chunk that a shard does not hold: nothing but fill."""
 
 _ENTRY, _CHECKSUM = 16, 4
 """Bytes of a chunk's offset and length, and of what they are checked by."""
+
+
+def shard_key(index: Shape3) -> str:
+    """Key of a shard's object in the archive."""
+    return "/".join([ARRAY, "c", *map(str, index)])
 
 
 def empty_table(slots: int) -> npt.NDArray[np.uint64]:

@@ -25,9 +25,9 @@ from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.stored import NAME, StoredCodec
 from ucray.errors import ArchiveError, SettingsError, StorageError
 from ucray.grid import Box, Grid, Shape3, triple
-from ucray.storage.index import chunk_spans, index_size
+from ucray.storage.index import ARRAY, chunk_spans, index_size, shard_key
 
-ARRAY, METADATA = "0", "zarr.json"
+METADATA = "zarr.json"
 
 _GROUP = {"zarr_format": 3, "node_type": "group"}
 _LAYOUT = {
@@ -49,7 +49,7 @@ class LocalArchive:
     Parameters
     ----------
     folder
-        That of its array.
+        That of its group.
     attributes
         Those of its group.
     grid, dtype, codec
@@ -105,7 +105,7 @@ class LocalArchive:
             return None
         if not known:
             return None
-        return cls(root / ARRAY, attributes, grid, dtype, fill, StoredCodec.from_dict(codec))
+        return cls(root, attributes, grid, dtype, fill, StoredCodec.from_dict(codec))
 
     def read(self, box: Box) -> Voxels:
         """Voxels of a box that lies in the volume; each chunk that it touches is decoded, side by side.
@@ -151,7 +151,7 @@ class LocalArchive:
 
     def _stored(self, shard: Shape3, slots: list[int]) -> list[bytes | None]:
         """The bytes of some chunks of a shard; None for those it does not hold."""
-        path = self.folder.joinpath("c", *map(str, shard))
+        path = self.folder / shard_key(shard)
         size = index_size(math.prod(self.grid.chunks_per_shard))
         try:
             with path.open("rb") as file:

@@ -20,10 +20,9 @@ from ucray.codec.encoder import Packed
 from ucray.errors import ArchiveError
 from ucray.grid import Grid, Shape3
 from ucray.quality import ErrorSum
-from ucray.storage.index import chunk_spans, empty_table, index_size, pack_index
+from ucray.storage.index import chunk_spans, empty_table, index_size, pack_index, shard_key
 from ucray.storage.objects import Objects
 
-ARRAY = "0"
 STATISTICS = "ucray/statistics/"
 LARGEST_STATISTICS = 1 << 26
 """Bytes of JSON that a shard's statistics may unpack to."""
@@ -95,11 +94,6 @@ class ShardStatistics:
             )
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError, zlib.error):
             raise ArchiveError("statistics of a shard do not parse") from None
-
-
-def shard_key(index: Shape3) -> str:
-    """Key of a shard's object in the archive."""
-    return "/".join([ARRAY, "c", *map(str, index)])
 
 
 def statistics_key(index: Shape3, crc32c: int) -> str:
