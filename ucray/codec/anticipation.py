@@ -48,6 +48,6 @@ def anticipated(
     step = step[:, :, None, None, None]
     rough = (y.abs() / step + (1.0 - DEAD_ZONE)).floor().mul_(step).copysign_(y)
     assert synthesis.postfilter is not None
-    added = synthesis.postfilter.change(synthesis.roughly(rough, prior, quality), quality)
+    added = synthesis.postfilter.change(synthesis.unfiltered(rough, prior, quality), quality)
     change = analysis.latents(added).float()
     return torch.where(used[:, None, None, None, None], y - SHARE * change, y)

@@ -85,15 +85,16 @@ class Lapping(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         """The volume filtered; each axis a multiple of its cell."""
-        for axis, size, cell in zip("zyx", volume.shape[2:], self.cell, strict=True):
-            if axis not in self.axes or size == cell:
-                continue
-            whole = self._whole(axis, size).to(volume.dtype)
-            if axis == "z":
-                volume = (whole @ volume.flatten(3)).view(volume.shape)
-            else:
-                volume = whole @ volume if axis == "y" else volume @ whole.T
-        return volume
+        shape = volume.shape
+        for axis, size, cell in zip("zyx", shape[2:], self.cell, strict=True):
+            # Whatever comes first goes last, so that three products of lines turn the volume once around.
+            lines = volume.reshape(len(volume), size, -1).mT
+            if axis in self.axes and size != cell:
+                whole = self._whole(axis, size).to(volume.dtype).T
+                # Of a batch of one, a product that knows no batches copies nothing.
+                lines = (lines[0] @ whole)[None] if len(volume) == 1 else lines @ whole
+            volume = lines
+        return volume.reshape(shape)
 
     def _whole(self, axis: str, size: int) -> Tensor:
         """The matrix of an axis; kept where nothing is learned any more."""

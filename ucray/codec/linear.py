@@ -124,13 +124,11 @@ class LinearSynthesis(LinearTransform):
         return self.filtered(self.unfiltered(y_hat, prior, quality), quality)
 
     def unfiltered(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
-        """Chunks before the post-filter, from the same."""
+        """Chunks before the post-filter, from the same; where that follows, in the bits that it reads."""
+        if bool(self.is_filtered(quality).all()):
+            y_hat = y_hat.to(computed_in(y_hat))
         with in_float32(y_hat):
             return torch.as_tensor(self.lapped(self.unlapped(y_hat, quality)))
-
-    def roughly(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
-        """Chunks before the post-filter, in no more bits than it computes in."""
-        return self.unfiltered(y_hat.to(computed_in(y_hat)), prior, quality)
 
     def filtered(self, x_hat: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x) behind the post-filter, where it is worth its time."""

@@ -132,10 +132,6 @@ class Synthesis(LinearSynthesis):
         """Chunks before the post-filter, from the same as the linear part, and from the prior."""
         return self._decoded(y_hat, self.features(y_hat, prior, quality), quality)
 
-    def roughly(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
-        """The same: its networks read no fewer bits."""
-        return self.unfiltered(y_hat, prior, quality)
-
     def features(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
         """Features (batch, grid_width, ...) on the wavelet grid; what distillation compares."""
         side = spread(prior, y_hat.shape[2:])

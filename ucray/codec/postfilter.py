@@ -101,7 +101,8 @@ class PostFilter(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
-        return torch.as_tensor(x + self.change(x, quality))
+        change = self.change(x, quality)
+        return x.to(torch.promote_types(x.dtype, torch.float32)) + change
 
     def change(self, x: Tensor, quality: Tensor) -> Tensor:
         """What is added to chunks, in as many bits as it is computed in."""
