@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ucray.bench.forest import ForestSight
 from ucray.bench.outlines import Panel
 from ucray.bench.peers import PEERS
 from ucray.bench.reconstruction import decoded_at, missing_reason
@@ -132,13 +133,15 @@ def run_task(
     ratios: Sequence[float],
     data_range: float,
     tracers: int = 1,
+    network_steps: int = 0,
     watch: Watch = lambda codec: None,
 ) -> Traced:
     """Code a volume with every codec, and trace in each half of what comes back as its other half taught.
 
-    Halves lie along y. Each is traced by so many `tracers`, which learnt from other voxels of the same half;
-    figures are means over them. A peer is taken at its coarsest setting that spends no fewer bytes than
-    `ratios` ask for, and that is looked for between those of the benchmark.
+    Halves lie along y. Each is traced by so many `tracers`, which learnt from other voxels of the same half,
+    with a U-Net in so many `network_steps`, or else with a forest; figures are means over them. A peer is
+    taken at its coarsest setting that spends no fewer bytes than `ratios` ask for, and that is looked for
+    between those of the benchmark.
 
     Raises
     ------
@@ -154,7 +157,7 @@ def run_task(
     if unknown := sorted(set(chosen) - {*OURS, *PEERS, MEMBRANES}):
         raise SettingsError(f"--codecs {','.join(unknown)}: not known")
     watch("learning")
-    halves = _halves(task, given, tracers)
+    halves = _halves(task, given, tracers, network_steps)
     voxels = given.voxels
     watch(ORIGINAL)
     before, shown = _looked_at(task, halves, voxels)
@@ -194,22 +197,27 @@ class _Half:
         return self.sight.features(self.of(volume))
 
 
-def _halves(task: str, given: Labelled, tracers: int) -> list[_Half]:
+def _halves(task: str, given: Labelled, tracers: int, network_steps: int = 0) -> list[_Half]:
     shape = triple(iter(given.voxels.shape))
     middle = (0, shape[1] // 2, 0)
     boxes = Box((0, 0, 0), (shape[0], middle[1], shape[2])), Box(middle, shape)
     parts = [given.part(box) for box in boxes]
-    learnt = [_learnt(task, part, tracers) for part in parts]
+    learnt = [_learnt(task, part, tracers, network_steps) for part in parts]
     return [_Half(box, part, *other) for box, part, other in zip(boxes, parts, learnt[::-1], strict=True)]
 
 
-def _learnt(task: str, part: Labelled, tracers: int) -> tuple[Sight, tuple[Tracer, ...]]:
-    sight = Sight.of(part.voxels, flat=part.flat)
+def _learnt(task: str, part: Labelled, tracers: int, network_steps: int) -> tuple[Sight, tuple[Tracer, ...]]:
+    sight: Sight = ForestSight.of(part.voxels, flat=part.flat)
+    if network_steps:
+        # torch is loaded only where somebody asks for what needs it.
+        from ucray.bench.unet import NetworkSight
+
+        sight = NetworkSight.of(part.voxels, flat=part.flat, steps=network_steps)
     features = sight.features(part.voxels)
     segments = part.segments if task == "segmentation" else None
     seeds = range(SEED, SEED + tracers)
     return sight, tuple(
-        Tracer.trained(features, part.membrane, part.known, segments, seed=seed) for seed in seeds
+        Tracer.trained(sight, features, part.membrane, part.known, segments, seed=seed) for seed in seeds
     )
 
 
@@ -239,27 +247,29 @@ def _membranes(halves: Sequence[_Half], volume: Volume) -> npt.NDArray[np.float3
 
 @dataclass(frozen=True)
 class Found:
-    """Membranes that a tracer found in a volume, and segments, if these were asked for."""
+    """Membranes that a tracer found in a volume, and segments at each of its thresholds, if asked for."""
 
     membrane: npt.NDArray[np.bool_]
-    segments: Labels | None
+    segments: tuple[Labels, ...]
 
     @classmethod
     def of(cls, task: str, tracer: Tracer, features: Features) -> Found:
         """What is there for a task in voxels of these features."""
         probability = tracer.membranes(features)
-        segments = tracer.segments(probability) if task == "segmentation" else None
-        return cls(probability > tracer.threshold, segments)
+        segments = tracer.segments(probability) if task == "segmentation" else []
+        return cls(probability > tracer.threshold, tuple(segments))
 
     @property
     def shown(self) -> npt.NDArray[np.generic]:
         """What has the outlines that are looked at."""
-        return self.membrane if self.segments is None else self.segments
+        return self.segments[len(self.segments) // 2] if self.segments else self.membrane
 
 
 def _figures(found: Found, tested: Labelled) -> npt.NDArray[np.float64]:
-    """Figures (blocks, figures) of what was found in voxels that stand for those of `tested`."""
-    segments = found.segments
+    """Figures (blocks, figures) of what was found in voxels that stand for those of `tested`.
+
+    Those of segments are means over thresholds.
+    """
     shape = triple(iter(tested.voxels.shape))
     size = triple(max(1, -(-n // b)) for n, b in zip(shape, BLOCKS, strict=True))
     rows = []
@@ -268,9 +278,12 @@ def _figures(found: Found, tested: Labelled) -> npt.NDArray[np.float64]:
         if not known.any():
             continue
         row = [f1(found.membrane[box.slices][known], tested.membrane[box.slices][known])]
-        if segments is not None and tested.segments is not None:
-            here, wanted = segments[box.slices], tested.segments[box.slices]
-            row += [*information(here, wanted), rand_error(here, wanted)]
+        if found.segments and tested.segments is not None:
+            wanted = tested.segments[box.slices]
+            here = [segments[box.slices] for segments in found.segments]
+            row += np.mean(
+                [[*information(one, wanted), rand_error(one, wanted)] for one in here], axis=0
+            ).tolist()
         rows.append(row)
     return np.array(rows)
 

@@ -2,22 +2,17 @@
 
 ::
 
-    volume --scikit-image features--> random forest --> membrane probability
-                                                              |
-               seeds far from membranes --watershed--> fragments --merged over weak borders--> segments
+    volume --forest, or U-Net--> membrane probability
+                                         |
+       seeds far from membranes --watershed--> fragments --merged over weak borders--> segments
 
-It learns from original voxels and their labels alone, and is then applied to what codecs make of others. A
-forest is surer of voxels that it learnt from than of others: the thresholds behind it are chosen by what
-forests say of voxels that they have not seen.
+It learns from original voxels and their labels alone, and is then applied to what codecs make of others.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,18 +23,11 @@ Labels = npt.NDArray[np.int64]
 Features = npt.NDArray[np.float32]
 """(z, y, x, features)."""
 
-SIGMAS = (1.0, 4.0, 3)
-"""Smallest and largest scale of the features in voxels, and how many."""
-
-TREES, DEPTH, LEAF = 30, 14, 10
-SAMPLES = 60_000
-"""Voxels of each class that the forest learns from."""
-
-PARTS = 4
-"""Slabs along x; thresholds are chosen by what a forest that learnt from the others says of each."""
-
 MERGES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
-"""Mean membrane probability of a border below which fragments are one; the best where it learns is taken."""
+"""Mean membrane probability of a border below which fragments are one."""
+
+AROUND = 1
+"""Thresholds on either side of the best that are looked at too: one border more or less is chance."""
 
 SEED_DISTANCE = 2.0
 """Voxels from the nearest membrane that a seed keeps."""
@@ -48,39 +36,50 @@ FLAT = 2.0
 """Sections that are so many times as thick as their pixels are looked at one by one."""
 
 
-@dataclass(frozen=True)
-class Sight:
-    """How voxels are looked at: normalised, and if `flat` section by section."""
+class Finder(Protocol):
+    """Says how probably a voxel is membrane."""
 
-    offset: float
-    scale: float
-    flat: bool
+    def __call__(self, features: Features, /) -> Probability: ...
 
-    @classmethod
-    def of(cls, volume: Volume, *, flat: bool) -> Sight:
-        """As suits a volume."""
-        return cls(float(volume.mean()), float(volume.std()) or 1.0, flat)
+
+class Sight(Protocol):
+    """How voxels are looked at, and how what is seen in them is learnt."""
 
     def features(self, volume: Volume) -> Features:
-        """Features (z, y, x, features) of voxels (z, y, x)."""
-        values = (volume.astype(np.float32) - np.float32(self.offset)) / np.float32(self.scale)
-        return _features(values.astype(np.float32), self.flat)
+        """What is seen (z, y, x, features) in voxels (z, y, x)."""
+        ...
+
+    def learnt(
+        self,
+        features: Features,
+        membrane: npt.NDArray[np.bool_],
+        known: npt.NDArray[np.bool_],
+        segments: Labels | None,
+        *,
+        seed: int,
+    ) -> tuple[Finder, Probability]:
+        """What finds membranes, and what it, or one like it, says of these voxels as if it did not know them.
+
+        Learnt from features of original voxels, which are membrane, where that is known, and neurons.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Tracer:
-    """What was learnt: a forest, the probability from which a voxel is membrane, and where borders are weak.
+    """What was learnt: membranes, the probability from which a voxel is one, and where borders are weak.
 
-    `merge` is None where no segments were learnt.
+    `merges` are the best threshold for that and its neighbours, in order; none where no segments were learnt.
     """
 
-    forest: Any
+    membranes: Finder
     threshold: float
-    merge: float | None
+    merges: tuple[float, ...]
 
     @classmethod
     def trained(
         cls,
+        sight: Sight,
         features: Features,
         membrane: npt.NDArray[np.bool_],
         known: npt.NDArray[np.bool_],
@@ -88,46 +87,22 @@ class Tracer:
         *,
         seed: int,
     ) -> Tracer:
-        """Learn from features of original voxels, which are membrane, where that is known, and neurons."""
-        random = np.random.default_rng(seed)
-        size, columns = membrane.size, np.arange(membrane.shape[2])
-
-        def learnt(used: npt.NDArray[np.bool_]) -> Any:
-            """A forest, or None where there is nothing to tell apart."""
-            places = [np.flatnonzero(found & used) for found in (membrane, ~membrane)]
-            if not all(map(len, places)):
-                return None
-            drawn = [random.choice(found, min(SAMPLES, len(found)), replace=False) for found in places]
-            chosen = np.concatenate(drawn)
-            rows = features.reshape(size, -1)[chosen]
-            with _warning_filters_kept():
-                return _forest(seed).fit(rows, membrane.reshape(-1)[chosen])
-
-        forest = learnt(known)
-        found = np.empty(membrane.shape, np.float32)
-        for slab in np.array_split(columns, min(PARTS, len(columns))):
-            here = (..., slice(slab[0], slab[-1] + 1))
-            others = known.copy()
-            others[here] = False
-            unseen = learnt(others)
-            found[here] = _probability(forest if unseen is None else unseen, features[(*here, slice(None))])
+        """Learn as a sight does; thresholds are the best for its voxels."""
+        find, found = sight.learnt(features, membrane, known, segments, seed=seed)
         levels = np.linspace(0.05, 0.95, 19)
         threshold = float(max(levels, key=lambda level: f1((found > level)[known], membrane[known])))
-        tracer = cls(forest, threshold, None)
+        tracer = cls(find, threshold, ())
         if segments is None:
             return tracer
         fragments = tracer.fragments(found)
-        merge = min(MERGES, key=lambda level: sum(information(merged(fragments, found, level), segments)))
-        return cls(forest, threshold, merge)
+        lost = [sum(information(merged(fragments, found, level), segments)) for level in MERGES]
+        best = lost.index(min(lost))
+        return cls(find, threshold, MERGES[max(best - AROUND, 0) : best + AROUND + 1])
 
-    def membranes(self, features: Features) -> Probability:
-        """Probability (z, y, x) that a voxel is membrane."""
-        return _probability(self.forest, features)
-
-    def segments(self, probability: Probability) -> Labels:
-        """Neurons by number."""
-        assert self.merge is not None
-        return merged(self.fragments(probability), probability, self.merge)
+    def segments(self, probability: Probability) -> list[Labels]:
+        """Neurons by number, for each of the thresholds."""
+        fragments = self.fragments(probability)
+        return [merged(fragments, probability, merge) for merge in self.merges]
 
     def fragments(self, probability: Probability) -> Labels:
         """Parts of neurons, each around a place far from any membrane, numbered from 1."""
@@ -196,38 +171,3 @@ def rand_error(found: Labels, wanted: Labels) -> float:
 def _known(found: Labels, wanted: Labels) -> tuple[Labels, Labels]:
     known = wanted > 0
     return found[known], wanted[known]
-
-
-def _features(volume: npt.NDArray[np.float32], flat: bool) -> Features:
-    from skimage.feature import multiscale_basic_features
-
-    low, high, count = SIGMAS
-
-    def of(part: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        found = multiscale_basic_features(  # type: ignore[no-untyped-call]
-            part, sigma_min=low, sigma_max=high, num_sigma=count, texture=True
-        )
-        return np.asarray(found, np.float32)
-
-    return np.stack([of(section) for section in volume]) if flat else of(volume)
-
-
-def _forest(seed: int) -> Any:
-    from sklearn.ensemble import RandomForestClassifier
-
-    return RandomForestClassifier(TREES, max_depth=DEPTH, min_samples_leaf=LEAF, random_state=seed, n_jobs=-1)
-
-
-def _probability(forest: Any, features: Features) -> Probability:
-    *shape, count = features.shape
-    with _warning_filters_kept():
-        found = forest.predict_proba(features.reshape(-1, count))[:, 1]
-    return np.asarray(found, np.float32).reshape(shape)
-
-
-@contextmanager
-def _warning_filters_kept() -> Iterator[None]:
-    """Puts them back: threads of scikit-learn may leave none, and then warn of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`sklearn.utils.parallel.delayed`")
-        yield

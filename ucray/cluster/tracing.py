@@ -45,6 +45,8 @@ class Tracing:
         What ucray codes at once; by default as its weights say.
     tracers
         How many trace, of which figures are means.
+    network_steps
+        Of the U-Net that finds membranes; none for a forest.
     """
 
     source: str
@@ -54,6 +56,7 @@ class Tracing:
     chunk: Shape3 | None = None
     connection: Connection = Connection()
     tracers: int = 1
+    network_steps: int = 0
 
     def run(
         self,
@@ -80,6 +83,7 @@ class Tracing:
             ratios=ratios,
             data_range=data_range([voxels], volume.dtype, volume.fill_value),
             tracers=self.tracers,
+            network_steps=self.network_steps,
             watch=lambda codec: listener(Event("trace", 0, 1, codec)),
         )
         return found, f"{self.source.rstrip('/').rpartition('/')[2]} {region}: {task}"

@@ -285,7 +285,9 @@ class ChunkEncoder:
 
     def _quantised(self, prepared: Prepared, latents: Latents, quality: int) -> tuple[Symbols, CodedLatents]:
         # Values that are no numbers never leave: their draft is raw.
-        values = np.nan_to_num(latents.values, posinf=LARGEST_LATENT, neginf=-LARGEST_LATENT)
+        values = latents.values
+        if not np.isfinite(values).all():
+            values = np.nan_to_num(values, posinf=LARGEST_LATENT, neginf=-LARGEST_LATENT)
         weights = None if prepared.importance is None else prepared.importance.cells
         return self.stream.quantise(latents.codes, values, prepared.quality(quality), weights)
 

@@ -65,6 +65,14 @@ def bench(
         int,
         typer.Option(min=1, max=100, help="Tracers, of which figures are means: what one finds is chance."),
     ] = 1,
+    network_steps: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Find membranes with a U-Net that learns in N steps (3000, say), not with a forest.",
+        ),
+    ] = 0,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
     select: Select = None,
@@ -93,7 +101,8 @@ def bench(
     elif levels is not None:
         _levels(source, output, loaded, levels, asked, roi, connection, as_json=as_json)
     elif task is not None and labels is not None:
-        tracing = Tracing(source, labels, parse_classes(membrane), roi, shape, connection, tracers)
+        classes = parse_classes(membrane)
+        tracing = Tracing(source, labels, classes, roi, shape, connection, tracers, network_steps)
         _task(tracing, output, loaded, task, names, asked, as_json=as_json)
     else:
         how: dict[str, Any] = {"codecs": names, "ratios": asked, "roi": roi, "chunk": shape}

@@ -1,0 +1,157 @@
+"""A U-Net that finds membranes: what it is shown fits together, and it learns from that and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from scipy import ndimage
+
+from ucray.bench import unet
+from ucray.bench.task import Labelled, _halves, labelled
+from ucray.bench.tissue import Finder, Tracer, f1
+from ucray.bench.unet import MembraneNetwork, NetworkSight, _Crops, offsets
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_crops() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unet, "CROP", 24**3)
+        patch.setattr(unet, "WARMING", 10)
+        yield
+
+
+def cells(seed: int, shape: tuple[int, int, int] = (24, 64, 40)) -> Labelled:
+    """Cells around random places with dark walls between them, in noise."""
+    random = np.random.default_rng(seed)
+    places = random.uniform(0, shape, (24, 3))
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    away = np.sort(np.linalg.norm(grid[..., None, :] - places, axis=-1), axis=-1)
+    labels = 1 + np.argmin(np.linalg.norm(grid[..., None, :] - places, axis=-1), axis=-1)
+    wall = away[..., 1] - away[..., 0] < 2.0
+    voxels = np.where(wall, 60.0, 160.0) + random.normal(0, 20, shape)
+    return labelled(
+        ndimage.gaussian_filter(voxels, 0.7).clip(1, 255).astype(np.uint8), labels, [], flat=False
+    )
+
+
+def learnt(part: Labelled, steps: int, seed: int = 0, *, flat: bool = False) -> tuple[NetworkSight, Finder]:
+    sight = NetworkSight.of(part.voxels, flat=flat, steps=steps)
+    seen = sight.features(part.voxels)
+    find, _ = sight.learnt(seen, part.membrane, part.known, part.segments, seed=seed)
+    return sight, find
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_it_is_shown_fits_together(flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a crop is turned, its targets are those of its own voxels."""
+    for name in ("BLURRED", "NOISY", "CONTRAST", "BRIGHTNESS"):
+        monkeypatch.setattr(unet, name, 0.0)
+    random = np.random.default_rng(4)
+    segments = random.integers(0, 4, (30, 56, 48))
+    membrane = segments == 2
+    crops = _Crops(segments.astype(np.float32), membrane, segments != 3, segments, flat, random)
+    for _ in range(20):
+        voxels, targets, known = crops.drawn()
+        seen = voxels[0].numpy()
+        assert seen.shape == ((8, 41, 41) if flat else (24, 24, 24))
+        np.testing.assert_array_equal(targets[0].numpy(), seen == 2)
+        np.testing.assert_array_equal(known[0].numpy(), seen != 3)
+        for number, (axis, distance) in enumerate(offsets(flat), start=1):
+            here = np.moveaxis(seen, axis, 0)
+            there = here[:-distance]
+            differs = np.moveaxis(targets[number].numpy(), axis, 0)[distance:]
+            compared = np.moveaxis(known[number].numpy(), axis, 0)
+            np.testing.assert_array_equal(differs, here[distance:] != there)
+            np.testing.assert_array_equal(compared[distance:], (here[distance:] > 0) & (there > 0))
+            assert not compared[:distance].any()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_crops_of_a_small_volume_lie_as_it_does(flat: bool) -> None:
+    part = cells(1, (10, 20, 40))
+    assert part.segments is not None
+    seen = part.voxels.astype(np.float32)
+    crops = _Crops(seen, part.membrane, part.known, part.segments, flat, np.random.default_rng(0))
+    assert {crops.drawn()[0].shape[1:] for _ in range(8)} == {crops.size}
+    assert crops.size == ((8, 20, 40) if flat else (10, 20, 24))
+
+
+def test_crops_are_blurred_noisy_and_of_other_contrast() -> None:
+    flat = np.full((24, 24, 24), 2.0, np.float32)
+    nothing = np.zeros(flat.shape, bool)
+    random = np.random.default_rng(0)
+    crops = _Crops(flat, nothing, nothing, np.zeros(flat.shape, np.int64), False, random)
+    drawn = [crops.drawn()[0].numpy() for _ in range(40)]
+    noise, mean = np.array([one.std() for one in drawn]), np.array([one.mean() for one in drawn])
+    # Half of the crops have noise; what is even is not changed by blurring.
+    assert 8 <= (noise > 0.01).sum() <= 32
+    assert noise.max() < unet.LARGEST_NOISE * (1 + unet.CONTRAST) * 1.05
+    assert 1.2 < mean.min() < mean.max() < 2.8
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_it_finds_walls_in_other_cells(flat: bool) -> None:
+    part, other = cells(1), cells(2)
+    sight, find = learnt(part, STEPS, flat=flat)
+    probability = find(sight.features(other.voxels))
+    assert probability.shape == other.voxels.shape
+    assert probability.min() >= 0.0
+    assert probability.max() <= 1.0
+    everything = f1(np.ones_like(other.membrane), other.membrane)
+    assert f1(probability > 0.5, other.membrane) > everything + 0.3
+
+
+def test_mirrored_tissue_has_mirrored_membranes() -> None:
+    part = cells(1)
+    sight, find = learnt(part, 5)
+    found = find(sight.features(part.voxels))
+    for axis in range(3):
+        back = find(sight.features(np.flip(part.voxels, axis)))
+        np.testing.assert_allclose(np.flip(back, axis), found, rtol=0, atol=1e-5)
+
+
+def test_a_seed_gives_the_same_network_and_another_one_another() -> None:
+    part = cells(1)
+    state = torch.random.get_rng_state()
+    seen = [
+        find(sight.features(part.voxels)) for sight, find in (learnt(part, 3, seed) for seed in (0, 0, 1))
+    ]
+    np.testing.assert_array_equal(seen[0], seen[1])
+    assert np.abs(seen[0] - seen[2]).max() > 1e-3
+    # Nobody else's numbers are drawn.
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_what_is_not_known_teaches_nothing() -> None:
+    part = cells(1)
+    assert part.segments is not None
+    known = part.known.copy()
+    known[:, :20] = False
+    spoilt = part.membrane ^ ~known
+    seen = []
+    for membrane in (part.membrane, spoilt):
+        one = Labelled(part.voxels, membrane, known, np.where(known, part.segments, 0), False)
+        sight, find = learnt(one, 3)
+        seen.append(find(sight.features(part.voxels)))
+    np.testing.assert_array_equal(seen[0], seen[1])
+
+
+def test_a_volume_of_any_shape_is_looked_at() -> None:
+    network = MembraneNetwork(flat=False).eval()
+    voxels: npt.NDArray[np.float32] = np.random.default_rng(0).normal(size=(9, 17, 30)).astype(np.float32)
+    assert unet._found(network, voxels).shape == voxels.shape
+
+
+def test_halves_are_looked_at_by_networks_where_these_are_asked_for() -> None:
+    halves = _halves("segmentation", cells(1), 1, 2)
+    for half in halves:
+        assert isinstance(half.sight, NetworkSight)
+        (tracer,) = half.tracers
+        assert isinstance(tracer, Tracer)
+        assert 2 <= len(tracer.merges) <= 3
