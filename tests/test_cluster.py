@@ -717,6 +717,12 @@ def test_a_worker_asks_for_the_cores_it_is_said_to_take(cpus: float, threads: in
         ([(0.0, 8e9)], 32, 1.0, (32, 1.0)),
         ([(16.0, 64e9)], None, 4.0, (3, 4.0)),
         ([(2.0, 16e9)], None, 1.0, (1, 1.0)),
+        # Not all cores of all nodes, whatever is said.
+        ([(2.0, 16e9)], 2, 1.0, (2, 0.75)),
+        ([(2.0, 16e9)], 1, 2.0, (1, 1.5)),
+        ([(3.0, 16e9), (8.0, 64e9)], 4, 2.0, (4, 2.0)),
+        ([(3.0, 16e9), (8.0, 64e9)], 5, 2.0, (5, 1.87)),
+        ([(1.0, 16e9)], 1, 4.0, (1, 4.0)),
     ],
 )
 def test_workers_that_code_fill_the_cores_there_are(
@@ -736,6 +742,17 @@ def test_without_a_word_of_workers_each_core_has_one(
     _serial(source, tmp_path / "serial", weights_file)
     ucray.compress(source, str(tmp_path / "ray"), OPTIONS, weights=weights_file)
     assert _bytes(tmp_path / "ray") == _bytes(tmp_path / "serial")
+
+
+def test_workers_that_are_said_to_take_all_cores_leave_enough_to_read(
+    source: str, weights_file: str, tmp_path: Path, ray_running: None
+) -> None:
+    """Where nothing is left to read with, such a job waits for ever."""
+    cores = int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
+    run = ucray.RunOptions(encode_workers=cores, worker_cpus=1.0)
+    ucray.compress(source, str(tmp_path / "ray"), OPTIONS, weights=weights_file, run_options=run)
+    found = ucray.verify(str(tmp_path / "ray"), source=source, workers=cores, worker_cpus=1.0)
+    assert found.clean
 
 
 def test_missing_weights_are_named(source: str, tmp_path: Path) -> None:

@@ -96,6 +96,10 @@ def _nodes() -> list[dict[str, Any]]:
     return nodes
 
 
+BESIDE = 0.5
+"""Cores of a node that workers leave to reading and writing, at the least."""
+
+
 @dataclass(frozen=True)
 class Coders:
     """Workers that code or decode chunks: how many, and what each asks of Ray."""
@@ -111,7 +115,8 @@ def coders(
 
     None is one for each core, or GPU. On a processor a worker computes with one thread, as its chunks do;
     None is then as many as the nodes have room for where each takes `memory` bytes. Unless `cpus` says
-    otherwise each asks for a core, or for less where no core of a node would stay free to read and write.
+    otherwise each asks for a core, or for less where no core of a node would stay free to read and write;
+    where they are said to take all cores there are, for so little that half of one stays free.
     """
     nodes = [node["Resources"] for node in _nodes() if node["Alive"]]
     if use_gpu:
@@ -126,7 +131,8 @@ def shared_out(
     nodes: Sequence[tuple[float, float]], workers: int | None, shards: int, memory: int, cpus: float | None
 ) -> Coders:
     """Workers on processors, for nodes of so many cores and bytes of memory; see `coders`."""
-    usable = [node for node in nodes if node[0] >= 1.0] or [(1.0, float(memory))]
+    there = [node for node in nodes if node[0] >= 1.0]
+    usable = there or [(1.0, float(memory))]
     smallest = min(cores for cores, _ in usable)
     # Ray goes by cores: where memory is short, a worker asks for those that there is no memory for.
     crowded = [
@@ -136,7 +142,13 @@ def shared_out(
         cpus = min(float(max(crowded)), max(0.5, smallest - 1.0))
     if cpus is not None:
         fitting = sum(max(1, int((cores - 1.0) // cpus)) for cores, _ in usable)
-        return Coders(min(workers or fitting, shards), {"CPU": cpus})
+        count = min(workers or fitting, shards)
+        if count > sum(int((cores - 1.0) // cpus) for cores, _ in there):
+            # Workers that fill every node would wait for ever for what nothing is left to read.
+            filled = [(cores, cores // cpus) for cores, _ in there if cores >= cpus and cores % cpus < BESIDE]
+            shares = [math.floor(100.0 * (cores - BESIDE) / fit) / 100.0 for cores, fit in filled]
+            cpus = min([cpus, *shares])
+        return Coders(count, {"CPU": cpus})
     count = min(workers or sum(int(cores) for cores, _ in usable), shards)
     free = max(smallest - 1.0, smallest / 2.0)
     share = math.floor(100.0 * free / math.ceil(count / len(usable))) / 100.0
