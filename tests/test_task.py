@@ -355,6 +355,9 @@ def test_a_half_without_membranes_is_refused() -> None:
     [
         (["--task", "membrane"], "go together"),
         (["--labels", "L"], "go together"),
+        (["--tracers", "2"], "go with --task"),
+        (["--network-steps", "9", "--pipeline"], "go with --task"),
+        (["--membrane", "3"], "go with --task"),
         (["--task", "membrane", "--labels", "L", "--pipeline"], "ask for one"),
         (["--task", "synapses", "--labels", "LABELS"], "--task synapses: choose from membrane, segmentation"),
         (["--task", "membrane", "--labels", "LABELS", "--membrane", "a"], "--membrane a"),
@@ -520,6 +523,8 @@ def test_a_loss_that_no_ratio_keeps_is_refused_with_the_curve(
         (["--max-seg-loss", "2"], "go together"),
         (["--curve", "curve.png"], "go with --max-seg-loss"),
         (["--membrane", "3"], "go with --max-seg-loss"),
+        (["--network-steps", "9"], "go with --max-seg-loss"),
+        (["--tracers", "2"], "go with --max-seg-loss"),
         (["--max-seg-loss", "2", "--labels", "L", "--psnr", "30"], "give no other target"),
         (["--max-seg-loss", "2", "--labels", "LABELS", "--curve", "NOWHERE"], "there is no folder"),
         (["--max-seg-loss", "2", "--labels", "LABELS", "--roi", "0:9,0:9,0:9"], "--labels has shape"),

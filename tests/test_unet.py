@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import zarr
 from scipy import ndimage
+from typer.testing import CliRunner
 
 from ucray.bench import unet
 from ucray.bench.task import Labelled, _halves, labelled
 from ucray.bench.tissue import Finder, Tracer, f1
 from ucray.bench.unet import MembraneNetwork, NetworkSight, _Crops, offsets
+from ucray.cli import app
 
 STEPS = 40
 
@@ -155,3 +159,18 @@ def test_halves_are_looked_at_by_networks_where_these_are_asked_for() -> None:
         (tracer,) = half.tracers
         assert isinstance(tracer, Tracer)
         assert 2 <= len(tracer.merges) <= 3
+
+
+def test_the_command_traces_with_it(tmp_path: Path) -> None:
+    part = cells(1)
+    assert part.segments is not None
+    zarr.create_array(tmp_path / "em.zarr", data=part.voxels)
+    zarr.create_array(tmp_path / "labels.zarr", data=part.segments.astype(np.uint16))
+    command = ["bench", str(tmp_path / "em.zarr"), "-o", str(tmp_path / "out"), "--task", "segmentation"]
+    command += ["--labels", str(tmp_path / "labels.zarr"), "--codecs", "jpeg", "--ratios", "4"]
+    result = CliRunner().invoke(app, [*command, "--network-steps", "30", "--tracers", "2"])
+    assert result.exit_code == 0, result.output
+    report = (tmp_path / "out" / "task.md").read_text()
+    assert ": segmentation, by a U-Net of 30 steps" in report
+    (row,) = [line for line in report.splitlines() if line.startswith("| original")]
+    assert float(row.split("|")[4]) > 0.6

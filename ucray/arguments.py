@@ -85,3 +85,15 @@ MetricsLinger = Annotated[
     float,
     typer.Option(min=0.0, max=3600.0, help="Seconds to wait, once done, for a last scrape of the metrics."),
 ]
+Tracers = Annotated[
+    int,
+    typer.Option(min=1, max=100, help="Tracers, of which figures are means: what one finds is chance."),
+]
+NetworkSteps = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Find membranes with a U-Net that learns in N steps (3000, say), not with a forest.",
+    ),
+]

@@ -35,8 +35,8 @@ def task_to_markdown(found: Traced, title: str) -> str:
     lines = [
         f"# {title}",
         "",
-        "Means over blocks, each looked at by what learnt from the other half; in brackets what changes "
-        "against the original, with its 95 % interval over blocks.",
+        "Means over blocks, each looked at by what learnt from the other half, and over three thresholds of "
+        "segments; in brackets what changes against the original, with its 95 % interval over blocks.",
         "",
         "| codec | ratio | PSNR | " + " | ".join(names) + " |",
         "|---|---|---|" + "---|" * len(names),

@@ -86,7 +86,8 @@ class Tracing:
             network_steps=self.network_steps,
             watch=lambda codec: listener(Event("trace", 0, 1, codec)),
         )
-        return found, f"{self.source.rstrip('/').rpartition('/')[2]} {region}: {task}"
+        by = f", by a U-Net of {self.network_steps} steps" if self.network_steps else ""
+        return found, f"{self.source.rstrip('/').rpartition('/')[2]} {region}: {task}{by}"
 
 
 def parse_classes(text: str) -> tuple[int, ...]:

@@ -15,9 +15,11 @@ from ucray.arguments import (
     Chunk,
     Endpoint,
     ExactFill,
+    NetworkSteps,
     Roi,
     Select,
     Source,
+    Tracers,
 )
 from ucray.console import progress, show
 from ucray.grid import parse_shape
@@ -61,18 +63,8 @@ def bench(
         str | None, typer.Option(help="Volume of neurons by number, or of classes (--membrane).")
     ] = None,
     membrane: Annotated[str, typer.Option(help="Classes of --labels that are membrane, with commas.")] = "",
-    tracers: Annotated[
-        int,
-        typer.Option(min=1, max=100, help="Tracers, of which figures are means: what one finds is chance."),
-    ] = 1,
-    network_steps: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Find membranes with a U-Net that learns in N steps (3000, say), not with a forest.",
-        ),
-    ] = 0,
+    tracers: Tracers = 1,
+    network_steps: NetworkSteps = 0,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
     select: Select = None,
@@ -88,6 +80,8 @@ def bench(
         raise typer.BadParameter("--pipeline, --device, --levels, --task: ask for one")
     if (task is None) != (labels is None):
         raise typer.BadParameter("--task and --labels go together")
+    if task is None and (membrane or (tracers, network_steps) != (1, 0)):
+        raise typer.BadParameter("--membrane, --tracers and --network-steps go with --task")
     connection = Connection(endpoint_url, array, select)
     names = [name for name in codecs.split(",") if name]
     asked = parse_ratios(ratios)

@@ -18,12 +18,14 @@ from ucray.arguments import (
     Lossless,
     MaxError,
     Memory,
+    NetworkSteps,
     Psnr,
     Ratio,
     Roi,
     Select,
     Shard,
     Source,
+    Tracers,
     WeightsName,
     Workers,
 )
@@ -66,6 +68,8 @@ def plan(
         str | None, typer.Option(help="Volume of neurons by number, or of classes (--membrane).")
     ] = None,
     membrane: Annotated[str, typer.Option(help="Classes of --labels that are membrane, with commas.")] = "",
+    tracers: Tracers = 1,
+    network_steps: NetworkSteps = 0,
     curve: Annotated[
         str | None, typer.Option(help=f"PNG of what is lost at which ratio; {CURVE} by default.")
     ] = None,
@@ -88,8 +92,8 @@ def plan(
 
     if (max_seg_loss is None) != (labels is None):
         raise typer.BadParameter("--max-seg-loss and --labels go together")
-    if max_seg_loss is None and (membrane or curve is not None):
-        raise typer.BadParameter("--membrane and --curve go with --max-seg-loss")
+    if max_seg_loss is None and (membrane or curve is not None or (tracers, network_steps) != (1, 0)):
+        raise typer.BadParameter("--membrane, --tracers, --network-steps and --curve go with --max-seg-loss")
     connection = Connection(endpoint_url, array, select)
     choice = None
     if max_seg_loss is not None and labels is not None:
@@ -102,6 +106,8 @@ def plan(
             roi=roi,
             chunk=None if chunk is None else parse_shape(chunk),
             connection=connection,
+            tracers=tracers,
+            network_steps=network_steps,
         )
         choice = _chosen(tracing, weights, max_seg_loss, curve or CURVE, as_json=as_json)
         ratio, roi = choice["ratio"], None
