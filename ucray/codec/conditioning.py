@@ -63,15 +63,18 @@ class QualityAffine(nn.Module):
         key = float(quality), dtype
         if key in self._kept:
             return self._kept[key]
-        scale = 1.0 + at_quality(self.scale, quality)[0]
-        bias = convolution.bias * scale + at_quality(self.shift, quality)[0]
+        scale, shift = (table[0] for table in self.at(quality))
+        bias = convolution.bias * scale + shift
         folded = (convolution.weight * scale[:, None, None, None, None]).to(dtype), bias.to(dtype)
         if not self.training:
             self._kept[key] = folded
         return folded
 
+    def at(self, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and shifts (batch, width) at qualities (batch,)."""
+        return 1.0 + at_quality(self.scale, quality), at_quality(self.shift, quality)
+
     def forward(self, x: Tensor, quality: Tensor) -> Tensor:
         """Features (batch, width, ...) at qualities (batch,)."""
-        scale = at_quality(self.scale, quality)[:, :, None, None, None]
-        shift = at_quality(self.shift, quality)[:, :, None, None, None]
-        return torch.addcmul(shift, x, 1.0 + scale)
+        scale, shift = (table[:, :, None, None, None] for table in self.at(quality))
+        return torch.addcmul(shift, x, scale)

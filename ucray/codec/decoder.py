@@ -149,11 +149,15 @@ class ChunkDecoder:
 
     def _reconstructed(self, full: Sequence[CodedLatents], wanted: int) -> list[Voxels]:
         context = self._stream.context
-        y_hat = np.stack([one.latents.astype(np.float32) for one in full]) * context.unit
+        # Torch's own memory, as it lies at even places: where numbers lie, products may round otherwise.
+        whole = torch.stack([torch.from_numpy(one.latents) for one in full])
         prior = np.stack([context.vectors(one.codes).astype(np.float32) for one in full]) / FEATURE_UNITS
         quality = torch.tensor([float(one.quality) for one in full], device=self._device)
         with torch.inference_mode():
-            latents = torch.from_numpy(y_hat).to(self._device).permute(0, 4, 1, 2, 3)
+            y_hat = whole.to(self._device, torch.float32).mul_(
+                torch.from_numpy(context.unit).to(self._device)
+            )
+            latents = y_hat.permute(0, 4, 1, 2, 3)
             side = torch.from_numpy(prior.astype(np.float32)).to(self._device).permute(0, 4, 1, 2, 3)
             x_hat = self.synthesis(latents, side, quality)
             values = x_hat[:, 0].mul_(self.format.scale).add_(self.format.offset).cpu().numpy()

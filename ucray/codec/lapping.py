@@ -76,7 +76,7 @@ class Lapping(nn.Module):
         self.axes = nn.ModuleDict(
             {axis: Axis(size) for axis, size in zip("zyx", cell, strict=True) if size > 1}
         )
-        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._kept: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
     def train(self, mode: bool = True) -> Self:
         """As of every module; what was kept while nothing was learned is dropped."""
@@ -90,16 +90,18 @@ class Lapping(nn.Module):
             # Whatever comes first goes last, so that three products of lines turn the volume once around.
             lines = volume.reshape(len(volume), size, -1).mT
             if axis in self.axes and size != cell:
-                whole = self._whole(axis, size).to(volume.dtype).T
+                whole = self._whole(axis, size, volume.dtype).T
                 # Of a batch of one, a product that knows no batches copies nothing.
                 lines = (lines[0] @ whole)[None] if len(volume) == 1 else lines @ whole
             volume = lines
         return volume.reshape(shape)
 
-    def _whole(self, axis: str, size: int) -> Tensor:
+    def _whole(self, axis: str, size: int, dtype: torch.dtype) -> Tensor:
         """The matrix of an axis; kept where nothing is learned any more."""
-        if self.training:
-            return torch.as_tensor(self.axes[axis](size, inverse=self.inverse))
-        if (axis, size) not in self._kept:
-            self._kept[axis, size] = self.axes[axis](size, inverse=self.inverse)
-        return self._kept[axis, size]
+        key = axis, size, dtype
+        if key in self._kept:
+            return self._kept[key]
+        whole = torch.as_tensor(self.axes[axis](size, inverse=self.inverse)).to(dtype)
+        if not self.training:
+            self._kept[key] = whole
+        return whole

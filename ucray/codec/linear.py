@@ -108,6 +108,12 @@ class LinearSynthesis(LinearTransform):
         self.linear = nn.ConvTranspose3d(config.latents, config.subbands, stride, stride=stride, bias=False)
         self.rescaled = QualityAffine(config.latents)
         self.postfilter = None if sizes is None else PostFilter(config, sizes)
+        self._last: tuple[tuple[float, torch.dtype], Tensor, Tensor] | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; what was kept while nothing was learned is dropped."""
+        self._last = None
+        return super().train(mode)
 
     def forward(self, y_hat: Tensor, prior: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x).
@@ -149,13 +155,32 @@ class LinearSynthesis(LinearTransform):
 
     def unlapped(self, y_hat: Tensor, quality: Tensor) -> Tensor:
         """Chunks (batch, 1, z, y, x) before lapping is undone."""
-        rescaled = self.rescaled(y_hat, quality)
         if not self.wavelet.blockwise:
-            return self.wavelet.inverse(self.linear(rescaled))
+            return self.wavelet.inverse(self.linear(self.rescaled(y_hat, quality)))
         # Filters of cells that do not overlap: one matrix product takes latents straight to voxels.
-        joined = self._joined(self.linear.weight, self.wavelet.synthesis).to(y_hat.dtype)
-        y_hat = rescaled.to(y_hat.dtype)
-        return cells_to_volume(y_hat.permute(0, 2, 3, 4, 1) @ joined, self.latent_cell)
+        joined = self._joined(self.linear.weight, self.wavelet.synthesis)
+        if len(y_hat) > 1 or torch.is_grad_enabled():
+            latents = self.rescaled(y_hat, quality).to(y_hat.dtype).permute(0, 2, 3, 4, 1)
+            return cells_to_volume(latents @ joined.to(y_hat.dtype), self.latent_cell)
+        # Those of a single chunk are scaled and shifted within that product.
+        matrix, bias = self._rescaling(joined, quality, y_hat.dtype)
+        latents = y_hat.permute(0, 2, 3, 4, 1)
+        cells = torch.addmm(bias, latents.flatten(0, 3), matrix)
+        return cells_to_volume(cells.view(*latents.shape[:4], -1), self.latent_cell)
+
+    def _rescaling(self, joined: Tensor, quality: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The matrix of a cell, and what is added, where latents have yet to be scaled and shifted.
+
+        Those of the last quality are kept: that of the next chunk is mostly the same.
+        """
+        key = float(quality), dtype
+        # Other threads may ask for another quality meanwhile.
+        last = self._last
+        if last is None or last[0] != key or self.training:
+            scale, shift = (table[0] for table in self.rescaled.at(quality))
+            last = key, (joined * scale[:, None]).to(dtype), (shift @ joined).to(dtype)
+            self._last = last
+        return last[1:]
 
 
 def start_linear(analysis: LinearAnalysis, synthesis: LinearSynthesis, tiles: Tensor) -> None:
