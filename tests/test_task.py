@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from ucray.bench import forest
 from ucray.bench.choice import choose, losses
 from ucray.bench.forest import ForestSight
+from ucray.bench.labelled import Labelled, labelled
 from ucray.bench.outlines import Panel
 from ucray.bench.peers import PEERS
 from ucray.bench.reconstruction import coarsest_within
@@ -28,13 +29,11 @@ from ucray.bench.task import (
     MEMBRANES,
     ORIGINAL,
     Found,
-    Labelled,
     Score,
     Traced,
     _figures,
     _halves,
     _looked_at,
-    labelled,
     run_task,
 )
 from ucray.bench.task_report import task_to_markdown

@@ -13,10 +13,12 @@ import zarr
 from scipy import ndimage
 from typer.testing import CliRunner
 
-from ucray.bench import unet
-from ucray.bench.task import Labelled, _halves, labelled
+from ucray.bench import crops, unet
+from ucray.bench.crops import Crops, offsets
+from ucray.bench.labelled import Labelled, labelled
+from ucray.bench.task import _halves
 from ucray.bench.tissue import Finder, Tracer, f1
-from ucray.bench.unet import MembraneNetwork, NetworkSight, _Crops, offsets
+from ucray.bench.unet import MembraneNetwork, NetworkSight
 from ucray.cli import app
 
 STEPS = 40
@@ -25,7 +27,7 @@ STEPS = 40
 @pytest.fixture(scope="module", autouse=True)
 def small_crops() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unet, "CROP", 24**3)
+        patch.setattr(crops, "CROP", 24**3)
         patch.setattr(unet, "WARMING", 10)
         yield
 
@@ -55,13 +57,13 @@ def learnt(part: Labelled, steps: int, seed: int = 0, *, flat: bool = False) -> 
 def test_what_it_is_shown_fits_together(flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a crop is turned, its targets are those of its own voxels."""
     for name in ("BLURRED", "NOISY", "CONTRAST", "BRIGHTNESS"):
-        monkeypatch.setattr(unet, name, 0.0)
+        monkeypatch.setattr(crops, name, 0.0)
     random = np.random.default_rng(4)
     segments = random.integers(0, 4, (30, 56, 48))
     membrane = segments == 2
-    crops = _Crops(segments.astype(np.float32), membrane, segments != 3, segments, flat, random)
+    shown = Crops(segments.astype(np.float32), membrane, segments != 3, segments, flat, random)
     for _ in range(20):
-        voxels, targets, known = crops.drawn()
+        voxels, targets, known = shown.drawn()
         seen = voxels[0].numpy()
         assert seen.shape == ((8, 41, 41) if flat else (24, 24, 24))
         np.testing.assert_array_equal(targets[0].numpy(), seen == 2)
@@ -81,21 +83,21 @@ def test_crops_of_a_small_volume_lie_as_it_does(flat: bool) -> None:
     part = cells(1, (10, 20, 40))
     assert part.segments is not None
     seen = part.voxels.astype(np.float32)
-    crops = _Crops(seen, part.membrane, part.known, part.segments, flat, np.random.default_rng(0))
-    assert {crops.drawn()[0].shape[1:] for _ in range(8)} == {crops.size}
-    assert crops.size == ((8, 20, 40) if flat else (10, 20, 24))
+    shown = Crops(seen, part.membrane, part.known, part.segments, flat, np.random.default_rng(0))
+    assert {shown.drawn()[0].shape[1:] for _ in range(8)} == {shown.size}
+    assert shown.size == ((8, 20, 40) if flat else (10, 20, 24))
 
 
 def test_crops_are_blurred_noisy_and_of_other_contrast() -> None:
     flat = np.full((24, 24, 24), 2.0, np.float32)
     nothing = np.zeros(flat.shape, bool)
     random = np.random.default_rng(0)
-    crops = _Crops(flat, nothing, nothing, np.zeros(flat.shape, np.int64), False, random)
-    drawn = [crops.drawn()[0].numpy() for _ in range(40)]
+    shown = Crops(flat, nothing, nothing, np.zeros(flat.shape, np.int64), False, random)
+    drawn = [shown.drawn()[0].numpy() for _ in range(40)]
     noise, mean = np.array([one.std() for one in drawn]), np.array([one.mean() for one in drawn])
     # Half of the crops have noise; what is even is not changed by blurring.
     assert 8 <= (noise > 0.01).sum() <= 32
-    assert noise.max() < unet.LARGEST_NOISE * (1 + unet.CONTRAST) * 1.05
+    assert noise.max() < crops.LARGEST_NOISE * (1 + crops.CONTRAST) * 1.05
     assert 1.2 < mean.min() < mean.max() < 2.8
 
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ucray.bench.crops import Crops, offsets
 from ucray.bench.tissue import Features, Finder, Labels, Probability, Volume
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.postfilter import fast_in_bfloat16
@@ -34,35 +34,23 @@ from ucray.grid import Shape3, triple
 WIDTHS = (32, 64, 96)
 """Channels on cells, on cells twice as large, and on those four times as large."""
 
+STRIDE = 8
+"""Voxels along an axis that a coarsest cell has, where sections are thin."""
+
 GROUPS = 8
 """Of channels that are normalised together."""
 
-APART = (1, 3, 9)
-"""Voxels between those that may belong to one neuron."""
-
 APART_WEIGHT = 0.1
-"""Of each of these in the loss, where membranes have 1."""
+"""Of each pair of voxels apart in the loss, where membranes have 1."""
 
-CROP, CROPS = 64**3, 2
-"""Voxels of a crop, and crops of a step; at thick sections they are of few of them."""
-
-THIN = 8
-"""Sections of a crop where they are thick; what they are padded to along every axis is as much."""
+CROPS = 2
+"""Of a step."""
 
 RATE, WARMING, LAST = 2e-3, 100, 0.01
 """Largest learning rate, steps until it is reached, and the last one's share."""
 
 KEPT = 0.998
 """Of the mean of all steps' numbers at each step."""
-
-BLURRED, LARGEST_BLUR = 0.7, 1.5
-"""Share of the crops, and deviation in voxels."""
-
-NOISY, LARGEST_NOISE = 0.5, 0.5
-"""Share of the crops, and deviation in those of the volume."""
-
-CONTRAST, BRIGHTNESS = 0.2, 0.2
-"""Largest change of a crop's deviation, and of its mean, in deviations of the volume."""
 
 
 class Block(nn.Module):
@@ -83,7 +71,7 @@ class Block(nn.Module):
 
 
 class MembraneNetwork(nn.Module):
-    """Normalised voxels (batch, 1, z, y, x), multiples of THIN, to logits of the same shape."""
+    """Normalised voxels (batch, 1, z, y, x), multiples of STRIDE, to logits of the same shape."""
 
     def __init__(self, *, flat: bool) -> None:
         super().__init__()
@@ -124,11 +112,6 @@ class MembraneNetwork(nn.Module):
         return torch.cat([self.membrane(features), self.apart(features)], dim=1)
 
 
-def offsets(flat: bool) -> list[tuple[int, int]]:
-    """Axes, and voxels along them, across which neurons are compared."""
-    return [(axis, distance) for distance in APART for axis in ((1, 2) if flat else (0, 1, 2))]
-
-
 @dataclass(frozen=True)
 class NetworkSight:
     """How voxels are looked at: normalised, if `flat` section by section; networks learn in `steps`."""
@@ -163,7 +146,7 @@ class NetworkSight:
         """
         keep_freed_memory()
         neurons = np.zeros(membrane.shape, np.int64) if segments is None else segments
-        crops = _Crops(features[..., 0], membrane, known, neurons, self.flat, np.random.default_rng(seed))
+        crops = Crops(features[..., 0], membrane, known, neurons, self.flat, np.random.default_rng(seed))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = MembraneNetwork(flat=self.flat)
@@ -175,68 +158,7 @@ class NetworkSight:
         return find, find(features)
 
 
-@dataclass(frozen=True)
-class _Crops:
-    """What a network is shown: normalised voxels with what is known of them (z, y, x)."""
-
-    voxels: npt.NDArray[np.float32]
-    membrane: npt.NDArray[np.bool_]
-    known: npt.NDArray[np.bool_]
-    segments: Labels
-    flat: bool
-    random: np.random.Generator
-
-    @property
-    def size(self) -> Shape3:
-        """Of a crop: a cube, or of few sections where these are thick; no larger than the volume."""
-        deep = THIN if self.flat else round(CROP ** (1 / 3))
-        wide = math.isqrt(CROP // deep)
-        return triple(min(n, most) for n, most in zip(self.voxels.shape, (deep, wide, wide), strict=True))
-
-    def drawn(self) -> tuple[Tensor, Tensor, Tensor]:
-        """One crop (1, z, y, x), with targets and where these are known (1 + offsets, z, y, x)."""
-        random = self.random
-        starts = [int(random.integers(n - m + 1)) for n, m in zip(self.voxels.shape, self.size, strict=True)]
-        here = tuple(slice(start, start + m) for start, m in zip(starts, self.size, strict=True))
-        axes = self._order()
-        back = tuple(axis for axis in range(3) if random.random() < 0.5)
-
-        def turned(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-            return np.ascontiguousarray(np.flip(values[here].transpose(axes), back))
-
-        voxels = self._changed(turned(self.voxels).astype(np.float32))
-        segments = torch.from_numpy(turned(self.segments).astype(np.int64))
-        targets = [torch.from_numpy(turned(self.membrane).astype(np.float32))]
-        known = [torch.from_numpy(turned(self.known).astype(np.float32))]
-        for axis, distance in offsets(self.flat):
-            far = segments.roll(distance, axis)
-            both = (far > 0) & (segments > 0)
-            both.narrow(axis, 0, min(distance, both.shape[axis])).zero_()
-            targets.append((far != segments).float())
-            known.append(both.float())
-        return torch.from_numpy(voxels)[None], torch.stack(targets), torch.stack(known)
-
-    def _order(self) -> list[int]:
-        """Axes of the volume in another order, where a crop is as long along all that may be turned."""
-        fixed = [0] if self.flat else []
-        turned = range(len(fixed), 3)
-        if len({self.size[axis] for axis in turned}) > 1:
-            return [0, 1, 2]
-        return [*fixed, *(len(fixed) + self.random.permutation(len(turned)))]
-
-    def _changed(self, voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        random = self.random
-        if random.random() < BLURRED:
-            wide = random.uniform(0.0, LARGEST_BLUR)
-            voxels = ndimage.gaussian_filter(voxels, (0.0 if self.flat else wide, wide, wide), truncate=3.0)
-        if random.random() < NOISY:
-            noise = random.standard_normal(voxels.shape, np.float32)
-            voxels = voxels + np.float32(random.uniform(0.0, LARGEST_NOISE)) * noise
-        contrast, brightness = random.uniform(-CONTRAST, CONTRAST), random.uniform(-BRIGHTNESS, BRIGHTNESS)
-        return np.asarray(voxels * np.float32(1.0 + contrast) + np.float32(brightness), np.float32)
-
-
-def _taught(network: MembraneNetwork, crops: _Crops, steps: int) -> MembraneNetwork:
+def _taught(network: MembraneNetwork, crops: Crops, steps: int) -> MembraneNetwork:
     """The mean of a network's numbers over the steps of its training."""
     parameters = list(network.parameters())
     kept = copy.deepcopy(network)
@@ -263,7 +185,7 @@ def _taught(network: MembraneNetwork, crops: _Crops, steps: int) -> MembraneNetw
     return kept.eval()
 
 
-def _step(crops: _Crops) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _step(crops: Crops) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     return (crops.drawn() for _ in range(CROPS))
 
 
@@ -287,8 +209,8 @@ def _flipped(x: Tensor, back: tuple[int, ...]) -> Tensor:
 
 
 def _padded(x: Tensor) -> Tensor:
-    """Voxels (batch, 1, z, y, x) that go on beyond their ends to a multiple of THIN."""
-    missing = [n for size in reversed(x.shape[2:]) for n in (0, -size % THIN)]
+    """Voxels (batch, 1, z, y, x) that go on beyond their ends to a multiple of STRIDE."""
+    missing = [n for size in reversed(x.shape[2:]) for n in (0, -size % STRIDE)]
     padded = functional.pad(x, missing, mode="replicate")
     return padded.contiguous(memory_format=torch.channels_last_3d)
 

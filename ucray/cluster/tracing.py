@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ucray.bench.choice import Choice, choose, draw_choice
+from ucray.bench.labelled import labelled
 from ucray.bench.run import RATIOS, STUDENT
-from ucray.bench.task import Traced, labelled, run_task
+from ucray.bench.task import Traced, run_task
 from ucray.bench.task_report import write_task
 from ucray.bench.tissue import FLAT
 from ucray.cluster.benchmark import fitting_weights, read_region
