@@ -59,7 +59,7 @@ def test_what_it_is_shown_fits_together(flat: bool, monkeypatch: pytest.MonkeyPa
     for name in ("BLURRED", "NOISY", "CONTRAST", "BRIGHTNESS"):
         monkeypatch.setattr(crops, name, 0.0)
     random = np.random.default_rng(4)
-    segments = random.integers(0, 4, (30, 56, 48))
+    segments = random.integers(0, 4, (30, 56, 48), np.int32)
     membrane = segments == 2
     shown = Crops(segments.astype(np.float32), membrane, segments != 3, segments, flat, random)
     for _ in range(20):
@@ -83,7 +83,9 @@ def test_crops_of_a_small_volume_lie_as_it_does(flat: bool) -> None:
     part = cells(1, (10, 20, 40))
     assert part.segments is not None
     seen = part.voxels.astype(np.float32)
-    shown = Crops(seen, part.membrane, part.known, part.segments, flat, np.random.default_rng(0))
+    shown = Crops(
+        seen, part.membrane, part.known, part.segments.astype(np.int32), flat, np.random.default_rng(0)
+    )
     assert {shown.drawn()[0].shape[1:] for _ in range(8)} == {shown.size}
     assert shown.size == ((8, 20, 40) if flat else (10, 20, 24))
 
@@ -92,7 +94,7 @@ def test_crops_are_blurred_noisy_and_of_other_contrast() -> None:
     flat = np.full((24, 24, 24), 2.0, np.float32)
     nothing = np.zeros(flat.shape, bool)
     random = np.random.default_rng(0)
-    shown = Crops(flat, nothing, nothing, np.zeros(flat.shape, np.int64), False, random)
+    shown = Crops(flat, nothing, nothing, np.zeros(flat.shape, np.int32), False, random)
     drawn = [shown.drawn()[0].numpy() for _ in range(40)]
     noise, mean = np.array([one.std() for one in drawn]), np.array([one.mean() for one in drawn])
     # Half of the crops have noise; what is even is not changed by blurring.

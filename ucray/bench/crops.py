@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from ucray.bench.tissue import Labels
 from ucray.grid import Shape3, triple
+
+Number = TypeVar("Number", bound=np.generic)
 
 APART = (1, 3, 9)
 """Voxels between those that may belong to one neuron."""
@@ -45,7 +47,7 @@ class Crops:
     voxels: npt.NDArray[np.float32]
     membrane: npt.NDArray[np.bool_]
     known: npt.NDArray[np.bool_]
-    segments: Labels
+    segments: npt.NDArray[np.int32]
     flat: bool
     random: np.random.Generator
 
@@ -57,27 +59,27 @@ class Crops:
         return triple(min(n, most) for n, most in zip(self.voxels.shape, (deep, wide, wide), strict=True))
 
     def drawn(self) -> tuple[Tensor, Tensor, Tensor]:
-        """One crop (1, z, y, x), with targets and where these are known (1 + offsets, z, y, x)."""
+        """One crop (1, z, y, x), targets, and where these are known: bool (1 + offsets, z, y, x)."""
         random = self.random
         starts = [int(random.integers(n - m + 1)) for n, m in zip(self.voxels.shape, self.size, strict=True)]
         here = tuple(slice(start, start + m) for start, m in zip(starts, self.size, strict=True))
         axes = self._order()
         back = tuple(axis for axis in range(3) if random.random() < 0.5)
 
-        def turned(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        def turned(values: npt.NDArray[Number]) -> npt.NDArray[Number]:
             return np.ascontiguousarray(np.flip(values[here].transpose(axes), back))
 
-        voxels = self._changed(turned(self.voxels).astype(np.float32))
-        segments = torch.from_numpy(turned(self.segments).astype(np.int64))
-        targets = [torch.from_numpy(turned(self.membrane).astype(np.float32))]
-        known = [torch.from_numpy(turned(self.known).astype(np.float32))]
+        voxels, segments = self._changed(turned(self.voxels)), turned(self.segments)
+        targets, known = [turned(self.membrane)], [turned(self.known)]
         for axis, distance in offsets(self.flat):
-            far = segments.roll(distance, axis)
-            both = (far > 0) & (segments > 0)
-            both.narrow(axis, 0, min(distance, both.shape[axis])).zero_()
-            targets.append((far != segments).float())
-            known.append(both.float())
-        return torch.from_numpy(voxels)[None], torch.stack(targets), torch.stack(known)
+            along = np.moveaxis(segments, axis, 0)
+            ahead, behind = along[distance:], along[:-distance]
+            differs, both = np.zeros((2, *segments.shape), bool)
+            np.moveaxis(differs, axis, 0)[distance:] = ahead != behind
+            np.moveaxis(both, axis, 0)[distance:] = (ahead > 0) & (behind > 0)
+            targets.append(differs)
+            known.append(both)
+        return torch.from_numpy(voxels)[None], _stacked(targets), _stacked(known)
 
     def _order(self) -> list[int]:
         """Axes of the volume in another order, where a crop is as long along all that may be turned."""
@@ -97,3 +99,7 @@ class Crops:
             voxels = voxels + np.float32(random.uniform(0.0, LARGEST_NOISE)) * noise
         contrast, brightness = random.uniform(-CONTRAST, CONTRAST), random.uniform(-BRIGHTNESS, BRIGHTNESS)
         return np.asarray(voxels * np.float32(1.0 + contrast) + np.float32(brightness), np.float32)
+
+
+def _stacked(masks: list[npt.NDArray[np.bool_]]) -> Tensor:
+    return torch.from_numpy(np.stack(masks))

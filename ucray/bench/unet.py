@@ -145,7 +145,7 @@ class NetworkSight:
         It is not much surer of these than of others: no crop was ever the same.
         """
         keep_freed_memory()
-        neurons = np.zeros(membrane.shape, np.int64) if segments is None else segments
+        neurons = np.zeros(membrane.shape, np.int32) if segments is None else segments.astype(np.int32)
         crops = Crops(features[..., 0], membrane, known, neurons, self.flat, np.random.default_rng(seed))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -168,7 +168,7 @@ def _taught(network: MembraneNetwork, crops: Crops, steps: int) -> MembraneNetwo
         share = 0.5 * (1.0 + math.cos(math.pi * step / steps)) * (1.0 - LAST) + LAST
         for group in optimiser.param_groups:
             group["lr"] = RATE * warmed * share
-        x, targets, known = (torch.stack(parts) for parts in zip(*_step(crops), strict=True))
+        x, targets, known = (torch.stack(parts).float() for parts in zip(*_step(crops), strict=True))
         with _fewer_bits():
             logits = network.both(_padded(x))
         logits = logits[..., : x.shape[2], : x.shape[3], : x.shape[4]].float()
