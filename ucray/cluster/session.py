@@ -66,6 +66,8 @@ def ray_session() -> Iterator[None]:
     try:
         yield
     finally:
+        # A job that was stopped leaves tasks behind, and threads of Ray Data that would tell all of them.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.shutdown()
         # Ray gives a process that it killed one second to go; on a busy machine that is too short.
         for process in started:
