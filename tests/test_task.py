@@ -37,7 +37,7 @@ from ucray.bench.task import (
     run_task,
 )
 from ucray.bench.task_report import task_to_markdown
-from ucray.bench.tissue import Sight, Tracer, f1, information, merged, rand_error
+from ucray.bench.tissue import Lesson, Sight, Tracer, f1, information, merged, rand_error
 from ucray.cli import app
 from ucray.cluster import tracing
 from ucray.codec.shipped import shipped_weights
@@ -84,7 +84,7 @@ def sight(known: Labelled) -> Sight:
 @pytest.fixture(scope="module")
 def tracer(known: Labelled, sight: Sight) -> Tracer:
     features = sight.features(known.voxels)
-    return Tracer.trained(sight, features, known.membrane, known.known, known.segments, seed=0)
+    return Tracer.trained(sight, Lesson(features, known.membrane, known.known, known.segments), seed=0)
 
 
 def test_what_a_forest_knows_by_heart_chooses_no_threshold() -> None:
@@ -95,7 +95,7 @@ def test_what_a_forest_knows_by_heart_chooses_no_threshold() -> None:
     known = np.ones_like(membrane)
     sight = ForestSight.of(voxels, flat=False)
     features = sight.features(voxels)
-    found = Tracer.trained(sight, features, membrane, known, None, seed=0)
+    found = Tracer.trained(sight, Lesson(features, membrane, known, None), seed=0)
     by_heart = found.membranes(features)
     # All voxels would have 2 / 3.
     assert f1(by_heart > 0.5, membrane) > 0.72
@@ -108,7 +108,7 @@ def test_where_only_one_slab_is_known_it_learns_from_that(known: Labelled) -> No
     seen[..., :16] = True
     sight = ForestSight.of(part.voxels, flat=False)
     features = sight.features(part.voxels)
-    found = Tracer.trained(sight, features, part.membrane, seen, None, seed=0)
+    found = Tracer.trained(sight, Lesson(features, part.membrane, seen, None), seed=0)
     assert f1((found.membranes(features) > found.threshold)[seen], part.membrane[seen]) > 0.8
 
 

@@ -17,7 +17,7 @@ from ucray.bench import crops, unet
 from ucray.bench.crops import Crops, offsets
 from ucray.bench.labelled import Labelled, labelled
 from ucray.bench.task import _halves
-from ucray.bench.tissue import Finder, Tracer, f1
+from ucray.bench.tissue import Finder, Lesson, Tracer, f1
 from ucray.bench.unet import MembraneNetwork, NetworkSight
 from ucray.cli import app
 
@@ -49,7 +49,7 @@ def cells(seed: int, shape: tuple[int, int, int] = (24, 64, 40)) -> Labelled:
 def learnt(part: Labelled, steps: int, seed: int = 0, *, flat: bool = False) -> tuple[NetworkSight, Finder]:
     sight = NetworkSight.of(part.voxels, flat=flat, steps=steps)
     seen = sight.features(part.voxels)
-    find, _ = sight.learnt(seen, part.membrane, part.known, part.segments, seed=seed)
+    find, _ = sight.learnt(Lesson(seen, part.membrane, part.known, part.segments), seed=seed)
     return sight, find
 
 

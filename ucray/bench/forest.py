@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ucray.bench.tissue import Features, Finder, Labels, Probability, Volume
+from ucray.bench.tissue import Features, Finder, Lesson, Normaliser, Probability, Volume
 
 SIGMAS = (1.0, 4.0, 3)
 """Smallest and largest scale of the features in voxels, and how many."""
@@ -28,33 +28,24 @@ PARTS = 4
 class ForestSight:
     """How voxels are looked at: normalised, and if `flat` section by section."""
 
-    offset: float
-    scale: float
+    normaliser: Normaliser
     flat: bool
 
     @classmethod
     def of(cls, volume: Volume, *, flat: bool) -> ForestSight:
         """As suits a volume."""
-        return cls(float(volume.mean()), float(volume.std()) or 1.0, flat)
+        return cls(Normaliser.of(volume), flat)
 
     def features(self, volume: Volume) -> Features:
         """Features (z, y, x, features) of voxels (z, y, x)."""
-        values = (volume.astype(np.float32) - np.float32(self.offset)) / np.float32(self.scale)
-        return _features(values.astype(np.float32), self.flat)
+        return _features(self.normaliser.normalised(volume), self.flat)
 
-    def learnt(
-        self,
-        features: Features,
-        membrane: npt.NDArray[np.bool_],
-        known: npt.NDArray[np.bool_],
-        segments: Labels | None,
-        *,
-        seed: int,
-    ) -> tuple[Finder, Probability]:
+    def learnt(self, lesson: Lesson, *, seed: int) -> tuple[Finder, Probability]:
         """A forest, and what others like it say of voxels that they have not seen.
 
         A forest is surer of voxels that it learnt from.
         """
+        features, membrane, known = lesson.features, lesson.membrane, lesson.known
         random = np.random.default_rng(seed)
         size, columns = membrane.size, np.arange(membrane.shape[2])
 

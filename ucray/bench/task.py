@@ -19,7 +19,8 @@ from ucray.bench.peers import PEERS
 from ucray.bench.reconstruction import decoded_at, missing_reason
 from ucray.bench.run import OURS
 from ucray.bench.samples import blocks
-from ucray.bench.tissue import Features, Labels, Sight, Tracer, Volume, f1, information, rand_error
+from ucray.bench.tissue import Features, Labels, Lesson, Sight, Tracer, Volume, f1, information, rand_error
+from ucray.bench.unet import NetworkSight
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
 from ucray.grid import Box, Shape3, triple
@@ -161,16 +162,11 @@ def _halves(task: str, given: Labelled, tracers: int, network_steps: int = 0) ->
 def _learnt(task: str, part: Labelled, tracers: int, network_steps: int) -> tuple[Sight, tuple[Tracer, ...]]:
     sight: Sight = ForestSight.of(part.voxels, flat=part.flat)
     if network_steps:
-        # torch is loaded only where somebody asks for what needs it.
-        from ucray.bench.unet import NetworkSight
-
         sight = NetworkSight.of(part.voxels, flat=part.flat, steps=network_steps)
-    features = sight.features(part.voxels)
     segments = part.segments if task == "segmentation" else None
+    lesson = Lesson(sight.features(part.voxels), part.membrane, part.known, segments)
     seeds = range(SEED, SEED + tracers)
-    return sight, tuple(
-        Tracer.trained(sight, features, part.membrane, part.known, segments, seed=seed) for seed in seeds
-    )
+    return sight, tuple(Tracer.trained(sight, lesson, seed=seed) for seed in seeds)
 
 
 def _looked_at(

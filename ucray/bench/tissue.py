@@ -42,6 +42,34 @@ class Finder(Protocol):
     def __call__(self, features: Features, /) -> Probability: ...
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What is learnt from: features of original voxels, which are membrane, where that is known, neurons."""
+
+    features: Features
+    membrane: npt.NDArray[np.bool_]
+    known: npt.NDArray[np.bool_]
+    segments: Labels | None
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Takes off a volume's mean and divides by its deviation."""
+
+    offset: float
+    scale: float
+
+    @classmethod
+    def of(cls, volume: Volume) -> Normaliser:
+        """As suits a volume."""
+        return cls(float(volume.mean()), float(volume.std()) or 1.0)
+
+    def normalised(self, volume: Volume) -> npt.NDArray[np.float32]:
+        """A volume, or another one in its units."""
+        values = (volume.astype(np.float32) - np.float32(self.offset)) / np.float32(self.scale)
+        return values.astype(np.float32)
+
+
 class Sight(Protocol):
     """How voxels are looked at, and how what is seen in them is learnt."""
 
@@ -49,19 +77,8 @@ class Sight(Protocol):
         """What is seen (z, y, x, features) in voxels (z, y, x)."""
         ...
 
-    def learnt(
-        self,
-        features: Features,
-        membrane: npt.NDArray[np.bool_],
-        known: npt.NDArray[np.bool_],
-        segments: Labels | None,
-        *,
-        seed: int,
-    ) -> tuple[Finder, Probability]:
-        """What finds membranes, and what it, or one like it, says of these voxels as if it did not know them.
-
-        Learnt from features of original voxels, which are membrane, where that is known, and neurons.
-        """
+    def learnt(self, lesson: Lesson, *, seed: int) -> tuple[Finder, Probability]:
+        """What finds membranes, and what thresholds are chosen by: what is said of the lesson's voxels."""
         ...
 
 
@@ -80,15 +97,13 @@ class Tracer:
     def trained(
         cls,
         sight: Sight,
-        features: Features,
-        membrane: npt.NDArray[np.bool_],
-        known: npt.NDArray[np.bool_],
-        segments: Labels | None,
+        lesson: Lesson,
         *,
         seed: int,
     ) -> Tracer:
         """Learn as a sight does; thresholds are the best for its voxels."""
-        find, found = sight.learnt(features, membrane, known, segments, seed=seed)
+        find, found = sight.learnt(lesson, seed=seed)
+        membrane, known, segments = lesson.membrane, lesson.known, lesson.segments
         levels = np.linspace(0.05, 0.95, 19)
         threshold = float(max(levels, key=lambda level: f1((found > level)[known], membrane[known])))
         tracer = cls(find, threshold, ())

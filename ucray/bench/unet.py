@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ucray.bench.crops import Crops, offsets
-from ucray.bench.tissue import Features, Finder, Labels, Probability, Volume
+from ucray.bench.tissue import Features, Finder, Lesson, Normaliser, Probability, Volume
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.postfilter import fast_in_bfloat16
 from ucray.grid import Shape3, triple
@@ -116,37 +116,29 @@ class MembraneNetwork(nn.Module):
 class NetworkSight:
     """How voxels are looked at: normalised, if `flat` section by section; networks learn in `steps`."""
 
-    offset: float
-    scale: float
+    normaliser: Normaliser
     flat: bool
     steps: int
 
     @classmethod
     def of(cls, volume: Volume, *, flat: bool, steps: int) -> NetworkSight:
         """As suits a volume."""
-        return cls(float(volume.mean()), float(volume.std()) or 1.0, flat, steps)
+        return cls(Normaliser.of(volume), flat, steps)
 
     def features(self, volume: Volume) -> Features:
         """Normalised voxels (z, y, x, 1)."""
-        values = (volume.astype(np.float32) - np.float32(self.offset)) / np.float32(self.scale)
-        return values.astype(np.float32)[..., None]
+        return self.normaliser.normalised(volume)[..., None]
 
-    def learnt(
-        self,
-        features: Features,
-        membrane: npt.NDArray[np.bool_],
-        known: npt.NDArray[np.bool_],
-        segments: Labels | None,
-        *,
-        seed: int,
-    ) -> tuple[Finder, Probability]:
+    def learnt(self, lesson: Lesson, *, seed: int) -> tuple[Finder, Probability]:
         """A network, and what it says of the voxels that it learnt from.
 
-        It is not much surer of these than of others: no crop was ever the same.
+        It may be surer of these than of others; one that has not seen them would take as long again.
         """
         keep_freed_memory()
-        neurons = np.zeros(membrane.shape, np.int32) if segments is None else segments.astype(np.int32)
-        crops = Crops(features[..., 0], membrane, known, neurons, self.flat, np.random.default_rng(seed))
+        shape, segments = lesson.membrane.shape, lesson.segments
+        neurons = np.zeros(shape, np.int32) if segments is None else segments.astype(np.int32)
+        random = np.random.default_rng(seed)
+        crops = Crops(lesson.features[..., 0], lesson.membrane, lesson.known, neurons, self.flat, random)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = MembraneNetwork(flat=self.flat)
@@ -155,7 +147,7 @@ class NetworkSight:
         def find(features: Features) -> Probability:
             return _found(network, features[..., 0])
 
-        return find, find(features)
+        return find, find(lesson.features)
 
 
 def _taught(network: MembraneNetwork, crops: Crops, steps: int) -> MembraneNetwork:
