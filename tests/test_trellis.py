@@ -34,7 +34,6 @@ from ucray.codec.kernels import compiled
 from ucray.codec.prior import ContextPrior
 from ucray.codec.rate import SLOPE
 from ucray.codec.trellis import FEWEST_PATHS, SPACING, WIDENING, Layout, trellis_of
-from ucray.codec.viterbi import best_symbols
 from ucray.codec.weights import Weights
 from ucray.config import CodecConfig, TrellisStates
 from ucray.errors import ChunkError, SettingsError, WeightsError
@@ -46,6 +45,7 @@ SHIFT = TABLES - FIRST
 
 Symbols = npt.NDArray[np.int32]
 Words = npt.NDArray[np.uint32]
+Floats = npt.NDArray[np.float64]
 
 
 def build_frequencies(first: int, states: TrellisStates = 8) -> FrequencyTables:
@@ -237,6 +237,19 @@ def layout_of(tables: Tables) -> Layout:
     return Layout.of(tables, FIRST)
 
 
+def best_symbols(
+    frequencies: FrequencyTables, tables: Tables, scaled: Floats, slope: Floats
+) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
+    """Symbols on all paths of a pass, and which are of the second quantiser; all in the order of cells."""
+    used, symbols = tables.copy(), np.zeros(len(tables), np.int16)
+    layout, trellis = layout_of(tables), frequencies.trellis
+    paths, places = trellis.paths_for(len(layout.order)), layout.order
+    compiled().cheapest_paths(
+        scaled, slope, places, used, frequencies.size_bits, SHIFT, trellis.before, paths, symbols
+    )
+    return symbols, used >= TABLES
+
+
 @sizes
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
@@ -247,10 +260,12 @@ def test_the_path_that_is_found_is_the_cheapest(states: TrellisStates, seed: int
     paths = FEWEST_PATHS if states == 8 else 1
     tables = random.integers(FIRST, 48, 4 * paths).astype(np.uint8)
     layout = layout_of(tables)
-    used = layout.tables
+    used, order = layout.tables, layout.order
     scaled = random.uniform(-6.0, 6.0, len(tables))
     slope = random.uniform(0.0, 0.6, len(tables))
-    symbols, second = best_symbols(frequencies, layout, scaled, slope)
+    symbols, second = best_symbols(frequencies, tables, scaled, slope)
+    # In the order of the paths.
+    symbols, second, scaled, slope = symbols[order], second[order], scaled[order], slope[order]
 
     def cost(place: int, symbol: int, odd: int) -> float:
         level = 2 * symbol - odd * ((symbol > 0) - (symbol < 0))
@@ -288,7 +303,7 @@ def test_paths_lie_denser_than_symbols_alone(states: TrellisStates, low: float, 
     random = np.random.default_rng(4)
     tables = np.full(8192, TABLES - 1, np.uint8)
     scaled = random.uniform(-100.0, 100.0, len(tables))
-    symbols, second = best_symbols(FREQUENCIES[states], layout_of(tables), scaled, np.zeros(len(tables)))
+    symbols, second = best_symbols(FREQUENCIES[states], tables, scaled, np.zeros(len(tables)))
     levels = SPACING * symbols - np.sign(symbols) * second
     alone = SPACING**2 / 12.0
     gain = 10.0 * np.log10(alone / np.mean(np.square(scaled - levels)))
@@ -303,7 +318,7 @@ def test_paths_through_eight_states_are_no_longer_than_128() -> None:
 def test_the_largest_values_find_symbols() -> None:
     tables = np.full(16, TABLES - 1, np.uint8)
     scaled = np.array([65530.0, -65530.0] * 8)
-    symbols, second = best_symbols(FREQUENCIES[8], layout_of(tables), scaled, np.zeros(16))
+    symbols, second = best_symbols(FREQUENCIES[8], tables, scaled, np.zeros(16))
     levels = SPACING * symbols.astype(int) - np.sign(symbols) * second
     assert np.abs(levels - scaled).max() <= SPACING
 

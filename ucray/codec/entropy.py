@@ -38,25 +38,31 @@ def encode(
     first_dependent
         The first table whose symbols lie on paths.
     """
-    intervals = frequencies.intervals
-    planes = [] if codes is None else zip(frequencies.code_intervals, codes, strict=True)
-    lefts, widths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    kernels = compiled()
+    planes = [] if codes is None else list(zip(frequencies.code_intervals, codes, strict=True))
+    symbols_given = sum(len(tables) for tables, _ in parts)
+    letters = symbols_given + sum(plane.size for _, plane in planes)
+    left, width = np.empty(letters, np.int64), np.empty(letters, np.int64)
+    escapes = np.empty(symbols_given, np.int32)
+    taken, escaped = 0, 0
     for ends, plane in planes:
-        letters = plane.reshape(-1).astype(np.int64)
-        lefts.append(ends[letters])
-        widths.append(ends[letters + 1] - ends[letters])
-    escapes = [np.empty(0, np.int32)]
+        here, chosen = slice(taken, taken + plane.size), plane.reshape(-1).astype(np.int64)
+        left[here] = ends[chosen]
+        width[here] = ends[chosen + 1] - ends[chosen]
+        taken += plane.size
     for tables, symbols in parts:
-        own = np.where(tables < TABLES, tables, tables - np.uint8(TABLES - first_dependent))
-        order = Layout.of(own.astype(np.uint8), first_dependent).order
-        values, used = symbols[order].astype(np.int32), tables[order]
-        reach = frequencies.reach.astype(np.int32)[used]
-        escapes.append(values[np.abs(values) > reach])
-        # Each table has one end more than letters.
-        places = frequencies.letters_of(used, values) + used
-        lefts.append(intervals[places])
-        widths.append(intervals[places + 1] - intervals[places])
-    return compiled().push(np.concatenate(lefts), np.concatenate(widths)), np.concatenate(escapes)
+        found, beyond = kernels.intervals_of(
+            tables,
+            symbols,
+            TABLES - first_dependent,
+            frequencies.intervals,
+            frequencies.interval_starts,
+            left[taken:],
+            width[taken:],
+            escapes[escaped:],
+        )
+        taken, escaped = taken + found, escaped + beyond
+    return kernels.push(left[:taken], width[:taken]), escapes[:escaped].copy()
 
 
 class SymbolReader:

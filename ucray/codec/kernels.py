@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ucray.codec.arithmetic import BY_LOOPS, Arithmetic
-from ucray.codec.rounding import cheapest_paths, round_alone
+from ucray.codec.context import TABLES
+from ucray.codec.rounding import cheapest_paths, in_steps, points_worth, round_alone
 
 Words = npt.NDArray[np.uint32]
 Whole = npt.NDArray[np.int64]
@@ -33,11 +34,67 @@ WORTH_LOADING = 2_000_000
 class Kernels(NamedTuple):
     """The compiled loops; what they do stands at the functions they are made from."""
 
+    intervals_of: Callable[..., tuple[int, int]]
     push: Callable[[Whole, Whole], Words]
     pull: Callable[..., tuple[int, int]]
+    in_steps: Callable[..., tuple[Floats, Floats]]
     round_alone: Callable[..., None]
     cheapest_paths: Callable[..., None]
+    points_worth: Callable[..., tuple[Whole, float]]
     arithmetic: Arithmetic
+
+
+def intervals_of(
+    tables: npt.NDArray[np.uint8],
+    symbols: npt.NDArray[np.integer],
+    shift: int,
+    intervals: Whole,
+    starts: Whole,
+    left: Whole,
+    width: Whole,
+    escapes: npt.NDArray[np.int32],
+) -> tuple[int, int]:
+    """Intervals of the symbols of one pass, in the layout's order: how many, and how many escape.
+
+    Parameters
+    ----------
+    tables, symbols
+        In the order of the cells; tables of the second quantiser, from TABLES on, are `shift` above those of
+        the first that say as much.
+    intervals, starts
+        Left ends of all tables' letters and 2^24, table behind table, and where each starts.
+    left, width, escapes
+        Where left ends, widths, and symbols that no table holds go.
+    """
+    # Sorted by table as `ucray.codec.trellis.Layout` is; table 0 is not coded.
+    following = np.zeros(TABLES + 1, np.int64)
+    for table in tables:
+        own = table - shift if table >= TABLES else np.int64(table)
+        following[own + 1] += 1
+    coded = len(tables) - following[1]
+    following[1] = 0
+    for table in range(TABLES):
+        following[table + 1] += following[table]
+    order = np.empty(coded, np.int64)
+    for place in range(len(tables)):
+        table = tables[place]
+        own = table - shift if table >= TABLES else np.int64(table)
+        if own > 0:
+            order[following[own]] = place
+            following[own] += 1
+    escaped = 0
+    for number in range(coded):
+        table, symbol = tables[order[number]], np.int64(symbols[order[number]])
+        start = starts[table]
+        reach = (starts[table + 1] - start - 3) // 2
+        letter = start + reach + symbol
+        if abs(symbol) > reach:
+            letter = start + 2 * reach + 1
+            escapes[escaped] = symbol
+            escaped += 1
+        left[number] = intervals[letter]
+        width[number] = intervals[letter + 1] - intervals[letter]
+    return coded, escaped
 
 
 def push(left: Whole, width: Whole) -> Words:
@@ -141,10 +198,13 @@ def compiled() -> Kernels:
             return cast(Loop, numba.njit(loop, nogil=True))
 
     return Kernels(
+        to_machine_code(intervals_of),
         to_machine_code(push),
         to_machine_code(pull),
+        to_machine_code(in_steps),
         to_machine_code(round_alone),
         to_machine_code(cheapest_paths),
+        to_machine_code(points_worth),
         Arithmetic(
             to_machine_code(BY_LOOPS.finish),
             to_machine_code(BY_LOOPS.read_off),

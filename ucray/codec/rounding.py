@@ -1,6 +1,7 @@
 """Loops that choose the symbols of a chunk: latents rounded one by one, or along the paths of a trellis.
 
-They are plain Python; `ucray.codec.kernels` gives them as machine code. This module imports no torch.
+They are plain Python; `ucray.codec.kernels` gives them as machine code. Array operations would go some
+twenty times over a few thousand numbers. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ucray.codec.context import TABLES
 from ucray.codec.passes import Whole
 from ucray.codec.rate import LARGEST_THRESHOLD
 from ucray.codec.trellis import SPACING
@@ -15,6 +17,26 @@ from ucray.codec.trellis import SPACING
 Floats = npt.NDArray[np.float64]
 
 LARGEST_SYMBOL = 32767
+
+LARGEST_SCALED = 2.0 * (LARGEST_SYMBOL - 2)
+"""Quantisation steps that a symbol on a path can stand for."""
+
+
+def in_steps(
+    latents: npt.NDArray[np.floating], mean: Whole, step: npt.NDArray[np.integer]
+) -> tuple[Floats, Floats]:
+    """Latents in quantisation steps, and how far they are from their means: flat, (cells * channels,).
+
+    Latents and means are (cells, channels), steps (channels,), in one unit.
+    """
+    cells, channels = mean.shape
+    values, apart = np.empty(cells * channels), np.empty(cells * channels)
+    for cell in range(cells):
+        for n in range(channels):
+            place = cell * channels + n
+            values[place] = latents[cell, n] / step[n]
+            apart[place] = values[place] - mean[cell, n] / step[n]
+    return values, apart
 
 
 def round_alone(
@@ -52,30 +74,34 @@ def round_alone(
 
 
 def cheapest_paths(
-    size: Floats,
+    scaled: Floats,
     slope: Floats,
-    tables: Whole,
+    places: Whole,
+    tables: npt.NDArray[np.uint8],
     bits: npt.NDArray[np.float32],
     shift: int,
     before: Whole,
     paths: int,
-    symbols: npt.NDArray[np.int32],
-    second: npt.NDArray[np.bool_],
+    symbols: npt.NDArray[np.int16],
 ) -> None:
-    """Find the sizes of symbols of least squared error + slope * bits (Viterbi 1967), and their quantisers.
+    """Find the symbols of least squared error + slope * bits (Viterbi 1967), and their quantisers.
 
     Parameters
     ----------
-    size, slope
-        Of what is coded, in quantisation steps, and the squared error in squared steps that a bit is worth.
-    tables, bits, shift
-        Of the first quantiser, those of the second are `shift` on; bits (tables, sizes) of a symbol's size.
+    scaled, slope
+        What is coded, in quantisation steps, and the squared error in squared steps that a bit is worth.
+    places
+        Which of them lie on the paths, in the layout's order.
+    tables
+        Tables of all of them; those of symbols of the second quantiser become its own, `shift` on.
+    bits
+        (tables, sizes) of a symbol's size.
     before, paths
         Of the trellis, and how many paths there are.
-    symbols, second
-        Where the sizes and the quantisers go.
+    symbols
+        Where symbols go.
     """
-    count, largest, states = len(size), bits.shape[1] - 1, before.shape[1]
+    count, largest, states = len(places), bits.shape[1] - 1, before.shape[1]
     steps = -(-count // paths)
     choices, odd = np.empty((steps, 4), np.int32), np.empty((steps, states), np.bool_)
     of_second = (before[0] & 1).astype(np.bool_)
@@ -86,17 +112,18 @@ def cheapest_paths(
         total[0] = 0.0
         length = (count - path + paths - 1) // paths
         for step in range(length):
-            number = step * paths + path
+            place = places[step * paths + path]
+            size, worth = min(abs(scaled[place]), LARGEST_SCALED), slope[place]
             for branch in range(4):
                 quantiser, parity = branch // 2, branch % 2
                 # The two symbols of this parity between which the value lies.
-                lower = 2 * np.int64(np.floor(((size[number] + quantiser) / SPACING - parity) / 2)) + parity
+                lower = 2 * np.int64(np.floor(((size + quantiser) / SPACING - parity) / 2)) + parity
                 lower = max(lower, np.int64(parity))
-                row = tables[number] + quantiser * shift
-                near = size[number] - max(SPACING * lower - quantiser, 0)
-                far = size[number] - max(SPACING * (lower + 2) - quantiser, 0)
-                near = near * near + slope[number] * bits[row, min(lower, largest)]
-                far = far * far + slope[number] * bits[row, min(lower + 2, largest)]
+                row = np.int64(tables[place]) + quantiser * shift
+                near = size - max(SPACING * lower - quantiser, 0)
+                far = size - max(SPACING * (lower + 2) - quantiser, 0)
+                near = near * near + worth * bits[row, min(lower, largest)]
+                far = far * far + worth * bits[row, min(lower + 2, largest)]
                 choices[step, branch] = lower + 2 if far < near else lower
                 cost[branch] = np.float32(min(near, far))
             # Apart from what follows, which a processor does for several states at a time.
@@ -113,6 +140,39 @@ def cheapest_paths(
         for step in range(length - 1, -1, -1):
             parity = int(odd[step, state])
             state = before[parity, state]
-            number = step * paths + path
-            symbols[number] = choices[step, 2 * (state & 1) + parity]
-            second[number] = (state & 1) == 1
+            place = places[step * paths + path]
+            found = choices[step, 2 * (state & 1) + parity]
+            symbols[place] = found if scaled[place] >= 0.0 else -found
+            tables[place] += shift * (state & 1)
+
+
+def points_worth(
+    values: Floats,
+    scaled: Floats,
+    slope: Floats,
+    tables: npt.NDArray[np.uint8],
+    symbols: npt.NDArray[np.int16],
+    spacing: int,
+) -> tuple[Whole, float]:
+    """Quantisation steps that symbols stand for, and how many bits it is worth that they are coded.
+
+    Parameters
+    ----------
+    values, scaled, slope
+        In quantisation steps, from zero, where a latent that is not coded stands, and from the mean; and the
+        squared error in squared steps that a bit is worth.
+    tables, symbols
+        Those from TABLES on are of the second quantiser.
+    spacing
+        Quantisation steps from one symbol to the next.
+    """
+    points, worth = np.empty(len(symbols), np.int64), 0.0
+    for place in range(len(symbols)):
+        symbol = np.int64(symbols[place])
+        point = spacing * symbol
+        if tables[place] >= TABLES:
+            point -= np.sign(symbol)
+        points[place] = point
+        left = scaled[place] - point
+        worth += (values[place] * values[place] - left * left) / slope[place]
+    return points, worth

@@ -19,15 +19,10 @@ from ucray.codec.entropy import SymbolReader
 from ucray.codec.frequencies import FrequencyTables
 from ucray.codec.kernels import compiled, compiled_where_worth_it
 from ucray.codec.rate import LONG_PATH_SHARE, SLOPE
-from ucray.codec.rounding import LARGEST_SYMBOL
-from ucray.codec.trellis import SPACING, WIDENING, Layout, points_of
-from ucray.codec.viterbi import best_symbols
+from ucray.codec.trellis import SPACING, WIDENING, Layout
 from ucray.codec.walk import Walk
 from ucray.errors import ChunkError
 from ucray.grid import Shape3
-
-LARGEST_SCALED = 2.0 * (LARGEST_SYMBOL - 2)
-"""Quantisation steps that a symbol on a path can stand for."""
 
 SMALLEST = 0.5
 """Of the space between symbols: latents that are smaller say nothing of whether a pass is worth a look.
@@ -82,27 +77,30 @@ class StreamModel:
 
         `weights` (z, y, x), where given, are those of the squared errors of cells.
         """
-        walk = Walk(self.context, codes, quality, compiled().arithmetic)
+        kernels = compiled()
+        walk = Walk(self.context, codes, quality, kernels.arithmetic)
         step = self.context.step[quality]
-        tables, values, gains = [], [], []
+        tables, values, worths = [], [], []
         for part in self.context.passes[: self._last_pass(walk, latents, step)]:
             mean, table = walk.predict(part)
-            uncoded = walk.rows(part, latents) / step[part.first : part.last]
-            scaled = uncoded - mean / step[part.first : part.last]
-            weight = np.ones((1, 1)) if weights is None else walk.cells(part, weights)
-            symbols, numbers = self._rounded(scaled, table, self._slope / weight)
-            points = self._points(symbols, numbers)
-            walk.put(part, mean, points)
-            tables.append(numbers.reshape(-1))
-            values.append(symbols.reshape(-1))
-            gains.append(float((weight * (np.square(uncoded) - np.square(scaled - points))).sum()))
+            uncoded, scaled = kernels.in_steps(walk.rows(part, latents), mean, step[part.first : part.last])
+            slopes = np.full(len(scaled), self._slope)
+            if weights is not None:
+                slopes /= np.repeat(walk.cells(part, weights), part.channels)
+            symbols, numbers = self._rounded(scaled, table.reshape(-1), slopes)
+            points, worth = kernels.points_worth(
+                uncoded, scaled, slopes, numbers, symbols, self.context.spacing
+            )
+            walk.put(part, mean, points.reshape(mean.shape))
+            tables.append(numbers)
+            values.append(symbols)
+            worths.append(worth)
         # The last passes are left out where all that they say is not worth its bits and its time.
         while tables:
-            bits = self.frequencies.bits_of(tables[-1], values[-1]) + PASS_BITS
-            if gains[-1] > self._slope * bits:
+            if worths[-1] > self.frequencies.bits_of(tables[-1], values[-1]) + PASS_BITS:
                 break
             walk.leave_out(self.context.passes[len(tables) - 1])
-            del tables[-1], values[-1], gains[-1]
+            del tables[-1], values[-1], worths[-1]
         return Symbols(codes, tuple(tables), tuple(values), quality), CodedLatents(
             codes, walk.latents, quality
         )
@@ -179,24 +177,27 @@ class StreamModel:
                 return count
         return 0
 
-    def _points(self, symbols: npt.NDArray[np.int16], tables: Tables) -> npt.NDArray[np.integer]:
-        return points_of(symbols, tables >= TABLES) if self._dependent else symbols
-
     def _rounded(
-        self, scaled: npt.NDArray[np.float64], tables: Tables, slope: npt.NDArray[np.floating]
+        self, scaled: npt.NDArray[np.float64], tables: Tables, slopes: npt.NDArray[np.float64]
     ) -> tuple[npt.NDArray[np.int16], Tables]:
-        """Symbols for what is coded, in quantisation steps, and their tables."""
-        first = self.frequencies.first_dependent
-        values, numbers = scaled.reshape(-1), tables.reshape(-1).copy()
-        slopes = np.broadcast_to(slope, scaled.shape).reshape(-1)
-        layout = Layout.of(numbers, first)
+        """Symbols for what is coded, in quantisation steps, and their tables; all flat."""
+        kernels, frequencies = compiled(), self.frequencies
+        numbers, symbols = tables.copy(), np.zeros(len(tables), dtype=np.int16)
+        layout = Layout.of(numbers, frequencies.first_dependent)
         alone, on_paths = layout.order[: layout.alone], layout.order[layout.alone :]
-        symbols = np.zeros(len(numbers), dtype=np.int16)
         spacing = float(self.context.spacing)
-        extra_bits = self.frequencies.extra_bits
-        compiled().round_alone(values, slopes, alone, numbers, extra_bits, spacing, symbols)
+        kernels.round_alone(scaled, slopes, alone, numbers, frequencies.extra_bits, spacing, symbols)
         if self._dependent:
-            coded = np.clip(values[on_paths], -LARGEST_SCALED, LARGEST_SCALED)
-            symbols[on_paths], second = best_symbols(self.frequencies, layout, coded, slopes[on_paths])
-            numbers[on_paths] += ((TABLES - first) * second).astype(np.uint8)
-        return symbols.reshape(scaled.shape), numbers.reshape(scaled.shape)
+            trellis, shift = frequencies.trellis, TABLES - frequencies.first_dependent
+            kernels.cheapest_paths(
+                scaled,
+                slopes,
+                on_paths,
+                numbers,
+                frequencies.size_bits,
+                shift,
+                trellis.before,
+                trellis.paths_for(len(on_paths)),
+                symbols,
+            )
+        return symbols, numbers

@@ -5,7 +5,7 @@ path through a trellis, and the paths together lie denser in space than any grid
 one: with eight states at most 1.1 dB less error at equal rate, with 256 at most 1.33 (Marcellin and Fischer
 1990, "Trellis coded quantization"; with zero in both, Schwarz, Nguyen, Marpe and Wiegand 2019, "Hybrid
 video coding with trellis-coded quantization"). States cost an encoder time, a decoder none.
-`ucray.codec.viterbi` finds the path. This module imports no torch.
+`ucray.codec.rounding` finds the path. This module imports no torch.
 """
 
 from __future__ import annotations
