@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ucray.codec.arithmetic import BY_LOOPS, Arithmetic
 from ucray.codec.context import TABLES
-from ucray.codec.rounding import cheapest_paths, in_steps, points_worth, round_alone
+from ucray.codec.rounding import cheapest_paths, in_steps, largest_gain, points_worth, round_alone
 
 Words = npt.NDArray[np.uint32]
 Whole = npt.NDArray[np.int64]
@@ -37,6 +37,7 @@ class Kernels(NamedTuple):
     intervals_of: Callable[..., tuple[int, int]]
     push: Callable[[Whole, Whole], Words]
     pull: Callable[..., tuple[int, int]]
+    largest_gain: Callable[..., float]
     in_steps: Callable[..., tuple[Floats, Floats]]
     round_alone: Callable[..., None]
     cheapest_paths: Callable[..., None]
@@ -201,6 +202,7 @@ def compiled() -> Kernels:
         to_machine_code(intervals_of),
         to_machine_code(push),
         to_machine_code(pull),
+        to_machine_code(largest_gain),
         to_machine_code(in_steps),
         to_machine_code(round_alone),
         to_machine_code(cheapest_paths),

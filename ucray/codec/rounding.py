@@ -39,6 +39,31 @@ def in_steps(
     return values, apart
 
 
+def largest_gain(
+    latents: npt.NDArray[np.floating], step: npt.NDArray[np.integer], smallest: float, slope: float
+) -> float:
+    """About the squared error, in squared steps, that coding a pass saves beyond what its bits are worth.
+
+    Latents (cells, channels) and steps (channels,) are in one unit; those of fewer than `smallest` steps
+    are taken for zeros. `slope` is the squared error that a bit is worth.
+    """
+    found = 0
+    for cell in range(len(latents)):
+        for n in range(len(step)):
+            found += abs(latents[cell, n]) > smallest * step[n]
+    if found == 0:
+        return 0.0
+    # Where few latents are not zero, which ones takes most of the bits; and a bit is their sign.
+    bits = np.log2(latents.size / found) + np.log2(np.e) + 1.0
+    gain = 0.0
+    for cell in range(len(latents)):
+        for n in range(len(step)):
+            if abs(latents[cell, n]) > smallest * step[n]:
+                value = latents[cell, n] / step[n]
+                gain += max(value * value - slope * bits, 0.0)
+    return gain
+
+
 def round_alone(
     scaled: Floats,
     slope: Floats,

@@ -6,7 +6,6 @@ and table of every latent from what was coded before. This module imports no tor
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,16 +163,9 @@ class StreamModel:
         smallest = SMALLEST * self.context.spacing
         for count in range(len(self.context.passes), 0, -1):
             part = self.context.passes[count - 1]
-            steps = step[part.first : part.last]
             rows = walk.rows(part, latents)
-            large = np.abs(rows) > smallest * steps
-            found = np.count_nonzero(large)
-            if not found:
-                continue
-            # Where few latents are not zero, which ones takes most of the bits; and a bit is their sign.
-            bits = math.log2(large.size / found) + math.log2(math.e) + 1.0
-            gains = np.square((rows / steps)[large]) - self._slope * bits
-            if gains[gains > 0.0].sum() > self._slope * PASS_BITS:
+            gain = compiled().largest_gain(rows, step[part.first : part.last], smallest, self._slope)
+            if gain > self._slope * PASS_BITS:
                 return count
         return 0
 
