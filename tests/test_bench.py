@@ -25,10 +25,11 @@ from ucray.bench.samples import Samples, blocks
 from ucray.cli import app
 from ucray.cluster.benchmark import bench
 from ucray.codec.rate import CHUNK_OVERHEAD
+from ucray.codec.shipped import shipped_weights
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError, WeightsError
 from ucray.grid import triple
-from ucray.quality import SeamSum
+from ucray.quality import ErrorSum, SeamSum
 from ucray.synthetic import synthetic_volume
 
 POINT = Point("x", "volume", 0.0, 16.0, 30.0, 0.5, 1.0, 1.0, "1", 1.0, 1.0)
@@ -136,6 +137,25 @@ def test_ucray_s_bytes_are_those_that_decode(tiny_weights: Weights, volume: Voxe
     assert decoded.shape == volume.shape
     assert np.mean((decoded.astype(float) - volume) ** 2) < volume.var() / 2
     np.testing.assert_array_equal(again, decoded)
+
+
+def test_bits_go_where_gradients_are() -> None:
+    """Gradients of noise on one side of a volume weigh as much as they are strong there."""
+    chunk, weights = (64, 64, 64), shipped_weights("em-fib-v14")
+    whole = synthetic_volume(chunk, 3, padding=0)
+    gradients = np.random.default_rng(0).standard_normal((4, *chunk), np.float32)
+    gradients[:, :32] *= 3.0
+
+    def errors(importance: npt.NDArray[np.float32] | None) -> list[float]:
+        with VolumeCodec(whole, weights, chunk, 0.0, importance) as codec:
+            coded = codec.encode(codec.quality_for(40))
+            decoded = codec.decode(coded)
+        assert whole.nbytes / coded.nbytes == pytest.approx(40, rel=0.05)
+        return [ErrorSum.between(whole[part], decoded[part]).mse for part in (slice(32), slice(32, 64))]
+
+    plain, weighed = errors(None), errors(gradients)
+    assert weighed[0] < plain[0]
+    assert weighed[1] > plain[1]
 
 
 def test_a_run_measures_ours_and_theirs(tiny_weights: Weights, volume: Voxels) -> None:

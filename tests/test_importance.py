@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 import zarr
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -21,8 +22,10 @@ from ucray.cluster.options import options_from
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
-from ucray.codec.importance import ChunkImportance, cell_means, quality_shift
+from ucray.codec.importance import LEADING, ChunkImportance, cell_means, quality_shift
+from ucray.codec.network import analysis_of, load_network
 from ucray.codec.prior import lambda_of
+from ucray.codec.shipped import shipped_weights
 from ucray.codec.weights import Weights
 from ucray.errors import DestinationError, SettingsError, SourceError
 from ucray.grid import Box
@@ -115,11 +118,64 @@ def test_bits_of_a_chunk_go_where_it_weighs_more(
         return tuple(ErrorSum.between(voxels[part], decoded[part]).mse for part in (slice(16), slice(16, 32)))  # type: ignore[return-value]
 
     # The quality stays: what is compared is the rounding alone.
-    plain, weighed = errors(None), errors(ChunkImportance(0, heavy / heavy.mean()))
+    plain, weighed = errors(None), errors(ChunkImportance(0, heavy[..., None] / heavy.mean()))
     assert weighed[0] < plain[0]
     assert weighed[1] > plain[1]
     level = ChunkImportance.of(np.full_like(heavy, 3.0), 3.0, chunk.shape, cell)
     assert encoder.encode(voxels, 100, None, level) == encoder.encode(voxels, 100)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ChunkEncoder:
+    chunk = ChunkFormat((64, 64, 64), "uint8", 0.0, 128.0, 40.0)
+    return ChunkEncoder(shipped_weights("em-fib-v14"), chunk)
+
+
+def test_latents_weigh_by_what_a_network_sees_of_them(encoder: ChunkEncoder) -> None:
+    """A network that sees one latent alone is sensitive to that one; in white noise all count alike."""
+    weights = shipped_weights("em-fib-v14")
+    analysis = analysis_of(weights.config)
+    load_network(weights, "analysis", analysis)
+    for cell, latent in (((1, 2, 3), 0), ((4, 7, 2), 37)):
+        voxels = torch.zeros(1, 1, *encoder.format.shape, requires_grad=True)
+        analysis.latents(voxels)[(0, latent, *cell)].backward()  # type: ignore[no-untyped-call]
+        assert voxels.grad is not None
+        found = encoder.sensitivity.of(voxels.grad[0].numpy())
+        assert found.shape == (8, 8, 8, weights.config.latents)
+        assert found.argmax() == np.ravel_multi_index((*cell, latent), found.shape)
+    noise = np.random.default_rng(0).standard_normal((4, *encoder.format.shape), np.float32)
+    # Means of 4 * 512 squares on either side of the division deviate by 3 %.
+    means = encoder.sensitivity.of(3.0 * noise).mean(axis=(0, 1, 2))
+    np.testing.assert_allclose(means, 9.0, rtol=0.2)
+    # Beyond the volume's end there is no gradient; lapping reaches over a cell.
+    cut = encoder.sensitivity.of(noise[:, :, :32])
+    assert cut.shape == found.shape
+    assert not cut[:, 6:].any()
+
+
+def test_bits_of_a_cell_go_to_the_latents_that_weigh_more(encoder: ChunkEncoder, tmp_path: Path) -> None:
+    synth(str(tmp_path / "em.zarr"), encoder.format.shape, seed=4)
+    original: Any = zarr.open_group(tmp_path / "em.zarr", mode="r")["0"]
+    (found,) = encoder.latents([original[:]], [128])
+
+    def errors(weights: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float64]:
+        _, coded = encoder.stream.quantise(found.codes, found.values, 128, weights)
+        return np.asarray(np.square(coded.latents - found.values).mean(axis=(0, 1, 2)))
+
+    weights = np.ones_like(found.values)
+    np.testing.assert_array_equal(errors(weights), errors(None))
+    weights[..., 5], weights[..., 9] = 1 / 16, 16.0
+    plain, weighed = errors(None), errors(weights)
+    assert weighed[5] > 1.1 * plain[5]
+    assert weighed[9] < 0.9 * plain[9]
+
+
+def test_a_chunk_whose_latents_all_weigh_more_has_a_finer_quality() -> None:
+    weights = np.random.default_rng(0).uniform(0.5, 1.5, (2, 2, 2, LEADING + 8)).astype(np.float32)
+    mean = float(weights[..., :LEADING].mean())
+    same, heavy = (ChunkImportance.of_latents(times * weights, mean) for times in (1.0, 4.0))
+    assert (same.shift, heavy.shift) == (0, quality_shift(4.0))
+    np.testing.assert_allclose(heavy.weights, same.weights, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

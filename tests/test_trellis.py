@@ -238,14 +238,14 @@ def layout_of(tables: Tables) -> Layout:
 
 
 def best_symbols(
-    frequencies: FrequencyTables, tables: Tables, scaled: Floats, slope: Floats
+    frequencies: FrequencyTables, tables: Tables, scaled: Floats, weight: Floats, slope: float
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
     """Symbols on all paths of a pass, and which are of the second quantiser; all in the order of cells."""
     used, symbols = tables.copy(), np.zeros(len(tables), np.int16)
     layout, trellis = layout_of(tables), frequencies.trellis
     paths, places = trellis.paths_for(len(layout.order)), layout.order
     compiled().cheapest_paths(
-        scaled, slope, places, used, frequencies.size_bits, SHIFT, trellis.before, paths, symbols
+        scaled, weight, slope, places, used, frequencies.size_bits, SHIFT, trellis.before, paths, symbols
     )
     return symbols, used >= TABLES
 
@@ -262,16 +262,16 @@ def test_the_path_that_is_found_is_the_cheapest(states: TrellisStates, seed: int
     layout = layout_of(tables)
     used, order = layout.tables, layout.order
     scaled = random.uniform(-6.0, 6.0, len(tables))
-    slope = random.uniform(0.0, 0.6, len(tables))
-    symbols, second = best_symbols(frequencies, tables, scaled, slope)
+    weight, slope = random.uniform(0.2, 5.0, len(tables)), random.uniform(0.0, 0.6)
+    symbols, second = best_symbols(frequencies, tables, scaled, weight, slope)
     # In the order of the paths.
-    symbols, second, scaled, slope = symbols[order], second[order], scaled[order], slope[order]
+    symbols, second, scaled, weight = symbols[order], second[order], scaled[order], weight[order]
 
     def cost(place: int, symbol: int, odd: int) -> float:
         level = 2 * symbol - odd * ((symbol > 0) - (symbol < 0))
         number = used[place] + SHIFT * odd
         bits = float(frequencies.size_bits[number, abs(symbol)])
-        return float((scaled[place] - level) ** 2 + slope[place] * bits)
+        return float(weight[place] * (scaled[place] - level) ** 2 + slope * bits)
 
     for path in range(paths):
         places = range(path, len(tables), paths)
@@ -303,7 +303,7 @@ def test_paths_lie_denser_than_symbols_alone(states: TrellisStates, low: float, 
     random = np.random.default_rng(4)
     tables = np.full(8192, TABLES - 1, np.uint8)
     scaled = random.uniform(-100.0, 100.0, len(tables))
-    symbols, second = best_symbols(FREQUENCIES[states], tables, scaled, np.zeros(len(tables)))
+    symbols, second = best_symbols(FREQUENCIES[states], tables, scaled, np.ones(len(tables)), 0.0)
     levels = SPACING * symbols - np.sign(symbols) * second
     alone = SPACING**2 / 12.0
     gain = 10.0 * np.log10(alone / np.mean(np.square(scaled - levels)))
@@ -318,7 +318,7 @@ def test_paths_through_eight_states_are_no_longer_than_128() -> None:
 def test_the_largest_values_find_symbols() -> None:
     tables = np.full(16, TABLES - 1, np.uint8)
     scaled = np.array([65530.0, -65530.0] * 8)
-    symbols, second = best_symbols(FREQUENCIES[8], tables, scaled, np.zeros(16))
+    symbols, second = best_symbols(FREQUENCIES[8], tables, scaled, np.ones(16), 0.0)
     levels = SPACING * symbols.astype(int) - np.sign(symbols) * second
     assert np.abs(levels - scaled).max() <= SPACING
 
@@ -341,7 +341,7 @@ def test_a_stream_decodes_to_what_was_quantised(
     trained: Weights = request.getfixturevalue(name)
     stream = trained.stream
     codes, latents = latents_of(trained, 1)
-    weights = np.random.default_rng(2).uniform(0.2, 5.0, (4, 4, 4)) if weighed else None
+    weights = np.random.default_rng(2).uniform(0.2, 5.0, latents.shape) if weighed else None
     symbols, quantised = stream.quantise(codes, latents, quality, weights)
     decoded = stream.decode(*stream.encode(symbols), (2, 2, 2), quality, len(symbols.tables))
     np.testing.assert_array_equal(decoded.latents, quantised.latents)

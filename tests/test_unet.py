@@ -18,7 +18,7 @@ from ucray.bench.crops import Crops, offsets
 from ucray.bench.labelled import Labelled, labelled
 from ucray.bench.task import _halves
 from ucray.bench.tissue import Finder, Lesson, Tracer, f1
-from ucray.bench.unet import MembraneNetwork, NetworkSight
+from ucray.bench.unet import MembraneNetwork, NetworkFinder, NetworkSight
 from ucray.cli import app
 
 STEPS = 40
@@ -150,6 +150,37 @@ def test_what_is_not_known_teaches_nothing() -> None:
     np.testing.assert_array_equal(seen[0], seen[1])
 
 
+def test_gradients_say_how_far_errors_move_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean squares along an error are the sum of dp^2 / (p (1 - p)), tile by tile or not."""
+    known = cells(5, (16, 32, 24))
+    sight, find = learnt(known, STEPS)
+    assert isinstance(find, NetworkFinder)
+    features = sight.features(known.voxels)
+    draws = 150
+    whole = find.gradients(features, draws=draws, seed=0)
+    assert whole.shape == (draws, *known.voxels.shape)
+    error = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal(features.shape[:3]), 1.5)
+    error = (0.02 * error / error.std()).astype(np.float32)
+    with torch.inference_mode():
+        before, after = (
+            find.network(unet._padded(torch.from_numpy(x)[None, None]))[0, 0].sigmoid().double()
+            for x in (features[..., 0], features[..., 0] + error)
+        )
+    moved = float(((after - before) ** 2 / (before * (1 - before)).clamp_min(1e-9)).sum())
+    squares = (whole * error).sum(axis=(1, 2, 3), dtype=np.float64) ** 2
+    # Four deviations of a mean of as many squares; and the change is not quite small.
+    assert squares.mean() == pytest.approx(moved, rel=4 * np.sqrt(2 / draws) + 0.05)
+
+    # Where tiles show all that the network sees, they say the same of it.
+    one, same, other = (find.gradients(features, draws=1, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+    monkeypatch.setattr(unet, "GRADIENT_TILE", (16, 16, 16))
+    tiled = find.gradients(features, draws=draws, seed=1)
+    strength = [np.square(found).mean(axis=0) for found in (whole, tiled)]
+    assert np.corrcoef(*[ndimage.gaussian_filter(found, 2.0).reshape(-1) for found in strength])[0, 1] > 0.98
+
+
 def test_a_volume_of_any_shape_is_looked_at() -> None:
     network = MembraneNetwork(flat=False).eval()
     voxels: npt.NDArray[np.float32] = np.random.default_rng(0).normal(size=(9, 17, 30)).astype(np.float32)
@@ -171,10 +202,13 @@ def test_the_command_traces_with_it(tmp_path: Path) -> None:
     zarr.create_array(tmp_path / "em.zarr", data=part.voxels)
     zarr.create_array(tmp_path / "labels.zarr", data=part.segments.astype(np.uint16))
     command = ["bench", str(tmp_path / "em.zarr"), "-o", str(tmp_path / "out"), "--task", "segmentation"]
-    command += ["--labels", str(tmp_path / "labels.zarr"), "--codecs", "jpeg", "--ratios", "4"]
+    command += ["--labels", str(tmp_path / "labels.zarr"), "--codecs", "jpeg,ucray,ucray-traced"]
+    command += ["--weights", "em-fib-v14", "--ratios", "4"]
     result = CliRunner().invoke(app, [*command, "--network-steps", "30", "--tracers", "2"])
     assert result.exit_code == 0, result.output
     report = (tmp_path / "out" / "task.md").read_text()
     assert ": segmentation, by a U-Net of 30 steps" in report
     (row,) = [line for line in report.splitlines() if line.startswith("| original")]
     assert float(row.split("|")[4]) > 0.6
+    psnr = [line.split("|")[3] for line in report.splitlines() if line.startswith("| ucray")]
+    assert len(set(psnr)) == 2

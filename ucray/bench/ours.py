@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.synchronize import Barrier
@@ -23,7 +23,7 @@ from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder, Prepared
-from ucray.codec.importance import ChunkImportance, cell_means
+from ucray.codec.importance import LEADING, ChunkImportance, cell_means
 from ucray.codec.rate import CHUNK_OVERHEAD, finest_within
 from ucray.codec.weights import Weights
 from ucray.grid import Box, Shape3, triple
@@ -35,6 +35,9 @@ SEARCHED = 16
 """Chunks on which the quality for a ratio is searched."""
 
 PROCESSES = os.cpu_count() or 1
+
+INSENSITIVE = 0.2
+"""Weight, of the mean, of an error that changes nothing in that of which gradients are given."""
 
 WARMING = 128
 """The quality of a chunk that is coded before anything is timed."""
@@ -54,7 +57,8 @@ class Coded:
 class VolumeCodec:
     """Codes one volume (z, y, x) with given weights; to be used in a `with` statement.
 
-    `importance` (z, y, x) weighs the errors of its voxels.
+    `importance` (z, y, x) weighs the errors of its voxels; or else it holds gradients (draws, z, y, x), and
+    errors weigh by what they change in that of which these are.
     """
 
     def __init__(
@@ -70,15 +74,11 @@ class VolumeCodec:
         self._format = ChunkFormat(chunk, str(volume.dtype), fill_value, offset, scale)
         self._volume = volume
         self._boxes = list(blocks(triple(iter(volume.shape)), chunk))
-        self._importance: list[ChunkImportance | None] = [None] * len(self._boxes)
-        if importance is not None:
-            cell, mean = weights.config.latent_cell, float(importance.mean())
-            self._importance = [
-                ChunkImportance.of(cell_means(importance[box.slices], cell), mean, chunk, cell)
-                for box in self._boxes
-            ]
         # What is refused is refused here: a pool starts a process that cannot begin over and over.
         self._encoder = ChunkEncoder(weights, self._format)
+        self._importance: list[ChunkImportance | None] = [None] * len(self._boxes)
+        if importance is not None:
+            self._importance = [*self._weighed(importance, weights.config.latent_cell)]
         # What the processes must load and build is done before anything is timed.
         context = multiprocessing.get_context("spawn")
         ready = context.Barrier(PROCESSES + 1)
@@ -87,6 +87,17 @@ class VolumeCodec:
         arguments = volume, self._decoded, weights.to_bytes(), self._format, ready
         self._pool = context.Pool(PROCESSES, _Worker.start, arguments)
         ready.wait()
+
+    def _weighed(self, importance: npt.NDArray[np.floating], cell: Shape3) -> Iterator[ChunkImportance]:
+        if importance.ndim == 3:
+            mean = float(importance.mean())
+            for box in self._boxes:
+                yield ChunkImportance.of(cell_means(importance[box.slices], cell), mean, self.chunk, cell)
+            return
+        found = [self._encoder.sensitivity.of(importance[(slice(None), *box.slices)]) for box in self._boxes]
+        mean = float(np.mean([one[..., :LEADING] for one in found]))
+        for one in found:
+            yield ChunkImportance.of_latents(INSENSITIVE * mean + (1.0 - INSENSITIVE) * one, mean)
 
     def __enter__(self) -> Self:
         return self

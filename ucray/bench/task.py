@@ -20,7 +20,7 @@ from ucray.bench.reconstruction import decoded_at, missing_reason
 from ucray.bench.run import OURS
 from ucray.bench.samples import blocks
 from ucray.bench.tissue import Features, Labels, Lesson, Sight, Tracer, Volume, f1, information, rand_error
-from ucray.bench.unet import NetworkSight
+from ucray.bench.unet import NetworkFinder, NetworkSight
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
 from ucray.grid import Box, Shape3, triple
@@ -35,6 +35,12 @@ CODECS = ("ucray", "x265", "av1", "jpegxl", "avif", "jpeg")
 
 MEMBRANES = "ucray-membranes"
 """ucray with errors weighed by the membranes that the tracer finds in the original."""
+
+TRACED = "ucray-traced"
+"""ucray with errors weighed by what they change in the probabilities of the tracer."""
+
+DRAWN_SIGNS = 8
+"""By which that is told."""
 
 MEMBRANE_GAIN = 8.0
 """How much more the error of a voxel weighs that is surely membrane than that of one that surely is none."""
@@ -107,7 +113,7 @@ def run_task(
     if task == "segmentation" and given.segments is None:
         raise SettingsError("--task segmentation wants labels of neurons, not classes (--membrane)")
     chosen = tuple(codecs) or CODECS
-    if unknown := sorted(set(chosen) - {*OURS, *PEERS, MEMBRANES}):
+    if unknown := sorted(set(chosen) - {*OURS, *PEERS, *WEIGHED}):
         raise SettingsError(f"--codecs {','.join(unknown)}: not known")
     watch("learning")
     halves = _halves(task, given, tracers, network_steps)
@@ -122,7 +128,11 @@ def run_task(
         if (reason := missing_reason(name, weights)) is not None:
             missing[name] = reason
             continue
-        importance = _membranes(halves, voxels) if name == MEMBRANES else None
+        if name == TRACED and not network_steps:
+            missing[name] = "only a network (--network-steps) says what an error changes"
+            continue
+        weighed = WEIGHED.get(name)
+        importance = None if weighed is None else weighed(halves, voxels)
         for wanted, ratio, decoded in decoded_at(name, voxels, weights, chunk, ratios, importance):
             found, shown = _looked_at(task, halves, decoded)
             psnr = ErrorSum.between(voxels, decoded).psnr(data_range)
@@ -191,6 +201,21 @@ def _membranes(halves: Sequence[_Half], volume: Volume) -> npt.NDArray[np.float3
         membranes = half.tracers[0].membranes(half.features(volume))
         weights[half.box.slices] = 1.0 + MEMBRANE_GAIN * membranes
     return weights
+
+
+def _gradients(halves: Sequence[_Half], volume: Volume) -> npt.NDArray[np.float32]:
+    """Gradients (draws, z, y, x) of what a tracer says of each half of the original."""
+    found = np.empty((DRAWN_SIGNS, *volume.shape), np.float32)
+    for half in halves:
+        finder = half.tracers[0].membranes
+        assert isinstance(finder, NetworkFinder)
+        here = (slice(None), *half.box.slices)
+        found[here] = finder.gradients(half.features(volume), draws=DRAWN_SIGNS, seed=SEED)
+    return found
+
+
+WEIGHED = {MEMBRANES: _membranes, TRACED: _gradients}
+"""What errors weigh by, for those where not all weigh the same."""
 
 
 @dataclass(frozen=True)

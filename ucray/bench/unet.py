@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ucray.bench.crops import Crops, offsets
+from ucray.bench.samples import blocks
 from ucray.bench.tissue import Features, Finder, Lesson, Normaliser, Probability, Volume
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.postfilter import fast_in_bfloat16
@@ -48,6 +49,12 @@ CROPS = 2
 
 RATE, WARMING, LAST = 2e-3, 100, 0.01
 """Largest learning rate, steps until it is reached, and the last one's share."""
+
+GRADIENT_TILE: Shape3 = (80, 80, 80)
+"""Voxels of which gradients are found together, which takes a gigabyte; a multiple of STRIDE."""
+
+SEEN = 16
+"""Voxels around these, and a multiple of STRIDE too: the network hardly looks further."""
 
 KEPT = 0.998
 """Of the mean of all steps' numbers at each step."""
@@ -142,12 +149,44 @@ class NetworkSight:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = MembraneNetwork(flat=self.flat)
-        network = _taught(network, crops, self.steps)
-
-        def find(features: Features) -> Probability:
-            return _found(network, features[..., 0])
-
+        find = NetworkFinder(_taught(network, crops, self.steps))
         return find, find(lesson.features)
+
+
+@dataclass(frozen=True)
+class NetworkFinder:
+    """Says how probably a voxel is membrane, and which errors of voxels change that."""
+
+    network: MembraneNetwork
+
+    def __call__(self, features: Features) -> Probability:
+        return _found(self.network, features[..., 0])
+
+    def gradients(self, features: Features, *, draws: int, seed: int) -> npt.NDArray[np.float32]:
+        """Gradients (draws, z, y, x), along voxels, of all probabilities with random signs.
+
+        A probability counts by its deviation, p (1 - p): mean squares along an error are Fisher information.
+        """
+        voxels = features[..., 0]
+        shape = triple(iter(voxels.shape))
+        found = np.empty((draws, *shape), np.float32)
+        signs = torch.Generator().manual_seed(seed)
+        for box in blocks(shape, GRADIENT_TILE):
+            # What lies beyond a tile says nothing of it but through what the network sees around it.
+            low = triple(max(a - SEEN, 0) for a in box.start)
+            wide = tuple(slice(a, b + SEEN) for a, b in zip(low, box.stop, strict=True))
+            inside = box.shifted(triple(-a for a in low)).slices
+            x = _padded(torch.from_numpy(np.ascontiguousarray(voxels[wide]))[None, None]).requires_grad_()
+            with _fewer_bits():
+                logits = self.network(x).float()
+            probability = logits.detach().sigmoid()
+            deviation = (probability * (1.0 - probability)).sqrt()
+            for draw in range(draws):
+                sign = torch.randint(0, 2, logits.shape, generator=signs) * 2 - 1
+                total = (logits * deviation * sign).sum()
+                (gradient,) = torch.autograd.grad(total, x, retain_graph=draw + 1 < draws)
+                found[(draw, *box.slices)] = gradient[0, 0].numpy()[inside]
+        return found
 
 
 def _taught(network: MembraneNetwork, crops: Crops, steps: int) -> MembraneNetwork:
@@ -174,7 +213,7 @@ def _taught(network: MembraneNetwork, crops: Crops, steps: int) -> MembraneNetwo
             share = 1.0 - min(KEPT, (step + 1) / (step + 10))
             for mean, now in zip(kept.parameters(), parameters, strict=True):
                 mean.lerp_(now, share)
-    return kept.eval()
+    return kept.eval().requires_grad_(False)
 
 
 def _step(crops: Crops) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from ucray.codec.importance import ChunkImportance
 from ucray.codec.inpaint import inpaint
 from ucray.codec.network import analysis_of, load_network
 from ucray.codec.residual import Residual, apply_residual, encode_residual, residual_of
+from ucray.codec.sensitivity import Sensitivity
 from ucray.codec.stream import CodedLatents, StreamModel, Symbols
 from ucray.codec.threads import one_thread
 from ucray.codec.weights import Weights
@@ -215,6 +217,11 @@ class ChunkEncoder:
             size += len(self.pack(draft).data)
         return size
 
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        """What makes weights of a chunk's latents."""
+        return Sensitivity(self._analysis, self.format.shape)
+
     def pack(self, draft: Draft | None) -> Packed:
         """Second half of encoding."""
         return pack(draft, self.stream, self._digest)
@@ -288,7 +295,7 @@ class ChunkEncoder:
         values = latents.values
         if not np.isfinite(values).all():
             values = np.nan_to_num(values, posinf=LARGEST_LATENT, neginf=-LARGEST_LATENT)
-        weights = None if prepared.importance is None else prepared.importance.cells
+        weights = None if prepared.importance is None else prepared.importance.weights
         return self.stream.quantise(latents.codes, values, prepared.quality(quality), weights)
 
     def encode(

@@ -2,6 +2,7 @@
 
 An encoder minimises error + lambda * bits. Where error weighs w times as much, lambda is 1 / w: as much as a
 chunk weighs on the whole shifts its quality, and where in it bits go changes how its latents are rounded.
+Weights are those of voxels, or of what each latent stands for (`ucray.codec.sensitivity`).
 A decoder does not know of it: qualities and symbols are all there is in the stream.
 """
 
@@ -23,24 +24,33 @@ Weights = npt.NDArray[np.float32]
 LARGEST_WEIGHT = 64.0
 """Weights are used up to this, and down to its inverse, of the mean over the volume."""
 
+LEADING = 32
+"""Latents of which a chunk's level is the mean: others are zero at most qualities."""
+
 
 @dataclass(frozen=True)
 class ChunkImportance:
-    """What one chunk's importance changes: its quality by `shift`, and rounding by `cells`.
+    """What one chunk's importance changes: its quality by `shift`, and rounding by `weights`.
 
-    `cells` (z, y, x) weigh the cells of the latent grid against each other; their mean is 1.
+    These weigh cells of the latent grid (z, y, x, 1), or each of their latents (z, y, x, latents), against
+    each other; their mean, over the leading latents, is 1.
     """
 
     shift: int
-    cells: Weights
+    weights: Weights
 
     @classmethod
     def of(cls, weights: Weights, mean: float, chunk: Shape3, cell: Shape3) -> ChunkImportance:
         """From weights (z, y, x) of those cells of a chunk that are in the volume, and the volume's mean."""
         missing = [(0, c // s - n) for n, c, s in zip(weights.shape, chunk, cell, strict=True)]
         weights = np.pad(weights, missing, mode="edge")
+        return cls.of_latents(weights[..., None], mean)
+
+    @classmethod
+    def of_latents(cls, weights: Weights, mean: float) -> ChunkImportance:
+        """From weights (z, y, x, latents) of all cells of a chunk, and the volume's mean."""
         relative = np.clip(weights / np.float32(mean), 1.0 / LARGEST_WEIGHT, LARGEST_WEIGHT)
-        level = float(relative.mean())
+        level = float(relative[..., :LEADING].mean())
         return cls(quality_shift(level), (relative / np.float32(level)).astype(np.float32))
 
     def quality(self, quality: int) -> int:

@@ -66,19 +66,22 @@ def largest_gain(
 
 def round_alone(
     scaled: Floats,
-    slope: Floats,
+    weight: Floats,
+    slope: float,
     places: Whole,
     tables: npt.NDArray[np.uint8],
     extra_bits: npt.NDArray[np.float32],
     spacing: float,
     symbols: npt.NDArray[np.int16],
 ) -> None:
-    """Of two neighbouring symbols the one with the lower squared error + slope * bits, one by one.
+    """Of two neighbouring symbols the one with the lower weight * squared error + slope * bits, one by one.
 
     Parameters
     ----------
-    scaled, slope
-        What is coded, in quantisation steps, and the squared error in squared steps that a bit is worth.
+    scaled, weight
+        What is coded, in quantisation steps, and what squared errors of it weigh.
+    slope
+        Squared error, in squared steps of weight 1, that a bit is worth.
     places
         Which of them.
     tables, extra_bits
@@ -93,14 +96,15 @@ def round_alone(
         size = min(abs(value), LARGEST_SYMBOL)
         lower = np.floor(size)
         extra = extra_bits[tables[place], 1 if lower > 0.0 else 0]
-        threshold = min(max(0.5 + slope[place] / spacing**2 / 2.0 * extra, 0.5), LARGEST_THRESHOLD)
+        threshold = min(max(0.5 + slope / weight[place] / spacing**2 / 2.0 * extra, 0.5), LARGEST_THRESHOLD)
         found = min(lower + 1.0, LARGEST_SYMBOL) if size - lower > threshold else lower
         symbols[place] = found if value >= 0.0 else -found
 
 
 def cheapest_paths(
     scaled: Floats,
-    slope: Floats,
+    weight: Floats,
+    slope: float,
     places: Whole,
     tables: npt.NDArray[np.uint8],
     bits: npt.NDArray[np.float32],
@@ -109,12 +113,15 @@ def cheapest_paths(
     paths: int,
     symbols: npt.NDArray[np.int16],
 ) -> None:
-    """Find the symbols of least squared error + slope * bits (Viterbi 1967), and their quantisers.
+    """Find the symbols of least weight * squared error + slope * bits (Viterbi 1967), and their quantisers.
 
     Parameters
     ----------
-    scaled, slope
-        What is coded, in quantisation steps, and the squared error in squared steps that a bit is worth.
+    scaled, weight
+        What is coded, in quantisation steps, and what squared errors of it weigh: latents share a path, and
+        the lighter give way.
+    slope
+        Squared error, in squared steps of weight 1, that a bit is worth.
     places
         Which of them lie on the paths, in the layout's order.
     tables
@@ -138,7 +145,7 @@ def cheapest_paths(
         length = (count - path + paths - 1) // paths
         for step in range(length):
             place = places[step * paths + path]
-            size, worth = min(abs(scaled[place]), LARGEST_SCALED), slope[place]
+            size, heavy = min(abs(scaled[place]), LARGEST_SCALED), weight[place]
             for branch in range(4):
                 quantiser, parity = branch // 2, branch % 2
                 # The two symbols of this parity between which the value lies.
@@ -147,8 +154,8 @@ def cheapest_paths(
                 row = np.int64(tables[place]) + quantiser * shift
                 near = size - max(SPACING * lower - quantiser, 0)
                 far = size - max(SPACING * (lower + 2) - quantiser, 0)
-                near = near * near + worth * bits[row, min(lower, largest)]
-                far = far * far + worth * bits[row, min(lower + 2, largest)]
+                near = heavy * near * near + slope * bits[row, min(lower, largest)]
+                far = heavy * far * far + slope * bits[row, min(lower + 2, largest)]
                 choices[step, branch] = lower + 2 if far < near else lower
                 cost[branch] = np.float32(min(near, far))
             # Apart from what follows, which a processor does for several states at a time.
@@ -174,7 +181,8 @@ def cheapest_paths(
 def points_worth(
     values: Floats,
     scaled: Floats,
-    slope: Floats,
+    weight: Floats,
+    slope: float,
     tables: npt.NDArray[np.uint8],
     symbols: npt.NDArray[np.int16],
     spacing: int,
@@ -183,9 +191,11 @@ def points_worth(
 
     Parameters
     ----------
-    values, scaled, slope
-        In quantisation steps, from zero, where a latent that is not coded stands, and from the mean; and the
-        squared error in squared steps that a bit is worth.
+    values, scaled, weight
+        In quantisation steps, from zero, where a latent that is not coded stands, and from the mean; and what
+        squared errors weigh.
+    slope
+        Squared error, in squared steps of weight 1, that a bit is worth.
     tables, symbols
         Those from TABLES on are of the second quantiser.
     spacing
@@ -199,5 +209,5 @@ def points_worth(
             point -= np.sign(symbol)
         points[place] = point
         left = scaled[place] - point
-        worth += (values[place] * values[place] - left * left) / slope[place]
-    return points, worth
+        worth += weight[place] * (values[place] * values[place] - left * left)
+    return points, worth / slope

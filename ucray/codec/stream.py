@@ -74,7 +74,8 @@ class StreamModel:
     ) -> tuple[Symbols, CodedLatents]:
         """Round latents (z, y, x, latents), in units of the context model, to symbols.
 
-        `weights` (z, y, x), where given, are those of the squared errors of cells.
+        `weights` (z, y, x, 1 or latents), where given, are those of the squared errors of cells, or of each
+        of their latents.
         """
         kernels = compiled()
         walk = Walk(self.context, codes, quality, kernels.arithmetic)
@@ -83,12 +84,10 @@ class StreamModel:
         for part in self.context.passes[: self._last_pass(walk, latents, step)]:
             mean, table = walk.predict(part)
             uncoded, scaled = kernels.in_steps(walk.rows(part, latents), mean, step[part.first : part.last])
-            slopes = np.full(len(scaled), self._slope)
-            if weights is not None:
-                slopes /= np.repeat(walk.cells(part, weights), part.channels)
-            symbols, numbers = self._rounded(scaled, table.reshape(-1), slopes)
+            heavy = np.ones(len(scaled)) if weights is None else walk.weights(part, weights).reshape(-1)
+            symbols, numbers = self._rounded(scaled, table.reshape(-1), heavy)
             points, worth = kernels.points_worth(
-                uncoded, scaled, slopes, numbers, symbols, self.context.spacing
+                uncoded, scaled, heavy, self._slope, numbers, symbols, self.context.spacing
             )
             walk.put(part, mean, points.reshape(mean.shape))
             tables.append(numbers)
@@ -170,7 +169,7 @@ class StreamModel:
         return 0
 
     def _rounded(
-        self, scaled: npt.NDArray[np.float64], tables: Tables, slopes: npt.NDArray[np.float64]
+        self, scaled: npt.NDArray[np.float64], tables: Tables, weights: npt.NDArray[np.float64]
     ) -> tuple[npt.NDArray[np.int16], Tables]:
         """Symbols for what is coded, in quantisation steps, and their tables; all flat."""
         kernels, frequencies = compiled(), self.frequencies
@@ -178,12 +177,15 @@ class StreamModel:
         layout = Layout.of(numbers, frequencies.first_dependent)
         alone, on_paths = layout.order[: layout.alone], layout.order[layout.alone :]
         spacing = float(self.context.spacing)
-        kernels.round_alone(scaled, slopes, alone, numbers, frequencies.extra_bits, spacing, symbols)
+        kernels.round_alone(
+            scaled, weights, self._slope, alone, numbers, frequencies.extra_bits, spacing, symbols
+        )
         if self._dependent:
             trellis, shift = frequencies.trellis, TABLES - frequencies.first_dependent
             kernels.cheapest_paths(
                 scaled,
-                slopes,
+                weights,
+                self._slope,
                 on_paths,
                 numbers,
                 frequencies.size_bits,

@@ -62,9 +62,9 @@ class Walk:
         """Of latents (z, y, x, latents) those of one pass: (cells, channels)."""
         return self._coded_in(part, latents.reshape(-1, latents.shape[-1])[:, part.first : part.last])
 
-    def cells(self, part: Pass, values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        """Of a value for each cell (z, y, x) those of one pass: (cells, 1)."""
-        return self._coded_in(part, values.reshape(-1, 1))
+    def weights(self, part: Pass, weights: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Of weights of cells (z, y, x, 1), or of their latents, those of one pass: (cells, channels)."""
+        return self.rows(part, np.broadcast_to(weights, self.latents.shape)).astype(np.float64)
 
     def _coded_in(self, part: Pass, flat: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         return flat if part.colour is Colour.ALL else flat[self._geometry.cells[part.colour]]

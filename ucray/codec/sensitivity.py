@@ -1,0 +1,53 @@
+"""Sensitivity: how much what a network says of voxels changes with the error of each latent.
+
+::
+
+    gradients --analysis--> what a latent changes, draw by draw --mean of squares--> weights of latents
+
+A network's outputs, each divided by its deviation and with a random sign, are one number; its gradient is
+along a latent what the latent's error changes, and the square's mean over signs is the sum over all outputs
+(Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix"). With outputs that are
+probabilities this is their Fisher information, which says how far small errors move them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ucray.codec.importance import Weights
+from ucray.codec.linear import LinearAnalysis
+from ucray.grid import Shape3
+
+Gradients = npt.NDArray[np.float32]
+"""Of one number for each draw of signs, along voxels: (draws, z, y, x)."""
+
+NOISE_CHUNKS = 8
+"""Chunks of noise by which the sizes of latents are measured."""
+
+
+class Sensitivity:
+    """Weights of a chunk's latents from gradients of what a network says of its voxels."""
+
+    def __init__(self, analysis: LinearAnalysis, chunk: Shape3) -> None:
+        self._analysis = analysis
+        self._chunk = chunk
+        noise = torch.randn(NOISE_CHUNKS, 1, *chunk, generator=torch.Generator().manual_seed(0))
+        self._size = self._squares(noise).mean(axis=(0, 1, 2))
+
+    def of(self, gradients: Gradients) -> Weights:
+        """Weights (z, y, x, latents) from gradients (draws, z, y, x) of a chunk, or of what there is of it.
+
+        They are 1 for gradients of white noise of deviation 1.
+        """
+        missing = [(0, c - n) for n, c in zip(gradients.shape[1:], self._chunk, strict=True)]
+        whole = np.pad(gradients, [(0, 0), *missing])
+        found: Weights = self._squares(torch.from_numpy(whole)[:, None]) / self._size
+        return found
+
+    def _squares(self, gradients: torch.Tensor) -> Weights:
+        with torch.inference_mode():
+            along = self._analysis.latents(gradients.to(next(self._analysis.parameters()).device))
+            squares = along.float().square().mean(dim=0).permute(1, 2, 3, 0)
+        return np.asarray(squares.cpu().numpy())
