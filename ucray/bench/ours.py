@@ -36,8 +36,8 @@ SEARCHED = 16
 
 PROCESSES = os.cpu_count() or 1
 
-INSENSITIVE = 0.2
-"""Weight, of the mean, of an error that changes nothing in that of which gradients are given."""
+INSENSITIVE = 0.02
+"""Least sensitivity that is believed, of the mean."""
 
 WARMING = 128
 """The quality of a chunk that is coded before anything is timed."""
@@ -95,9 +95,12 @@ class VolumeCodec:
                 yield ChunkImportance.of(cell_means(importance[box.slices], cell), mean, self.chunk, cell)
             return
         found = [self._encoder.sensitivity.of(importance[(slice(None), *box.slices)]) for box in self._boxes]
-        mean = float(np.mean([one[..., :LEADING] for one in found]))
-        for one in found:
-            yield ChunkImportance.of_latents(INSENSITIVE * mean + (1.0 - INSENSITIVE) * one, mean)
+        level = float(np.mean([one[..., :LEADING] for one in found]))
+        # Roots, as few draws say little of one latent; and what is small now may not be when all has changed.
+        roots = [np.sqrt(np.maximum(one / level, INSENSITIVE)) for one in found]
+        mean = float(np.mean([one[..., :LEADING] for one in roots]))
+        for one in roots:
+            yield ChunkImportance.of_latents(one, mean)
 
     def __enter__(self) -> Self:
         return self
