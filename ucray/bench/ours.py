@@ -95,7 +95,7 @@ class VolumeCodec:
                 yield ChunkImportance.of(cell_means(importance[box.slices], cell), mean, self.chunk, cell)
             return
         found = [self._encoder.sensitivity.of(importance[(slice(None), *box.slices)]) for box in self._boxes]
-        level = float(np.mean([one[..., :LEADING] for one in found]))
+        level = float(np.mean([one[..., :LEADING] for one in found])) or 1.0
         # Roots, as few draws say little of one latent; and what is small now may not be when all has changed.
         roots = [np.sqrt(np.maximum(one / level, INSENSITIVE)) for one in found]
         mean = float(np.mean([one[..., :LEADING] for one in roots]))

@@ -165,7 +165,8 @@ class NetworkFinder:
     def gradients(self, features: Features, *, draws: int, seed: int) -> npt.NDArray[np.float32]:
         """Gradients (draws, z, y, x), along voxels, of all probabilities with random signs.
 
-        A probability counts by its deviation, p (1 - p): mean squares along an error are Fisher information.
+        Each is divided by its deviation, the root of p (1 - p): mean squares along an error are Fisher
+        information.
         """
         voxels = features[..., 0]
         shape = triple(iter(voxels.shape))
