@@ -21,14 +21,14 @@ from ucray.bench.ours import VolumeCodec
 from ucray.bench.peers import PEERS
 from ucray.bench.report import bd_rate, write_report
 from ucray.bench.run import Bench, Point, codec_names, run_bench
-from ucray.bench.samples import Samples, blocks
+from ucray.bench.samples import Samples
 from ucray.cli import app
 from ucray.cluster.benchmark import bench
 from ucray.codec.rate import CHUNK_OVERHEAD
 from ucray.codec.shipped import shipped_weights
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError, WeightsError
-from ucray.grid import triple
+from ucray.grid import blocks, triple
 from ucray.quality import ErrorSum, SeamSum
 from ucray.synthetic import synthetic_volume
 

@@ -18,8 +18,10 @@ from ucray.bench.crops import Crops, offsets
 from ucray.bench.labelled import Labelled, labelled
 from ucray.bench.task import _halves
 from ucray.bench.tissue import Finder, Lesson, Tracer, f1
-from ucray.bench.unet import MembraneNetwork, NetworkFinder, NetworkSight
+from ucray.bench.unet import NetworkFinder, NetworkSight
 from ucray.cli import app
+from ucray.codec import tracer
+from ucray.codec.tracer import MembraneNetwork
 
 STEPS = 40
 
@@ -163,7 +165,7 @@ def test_gradients_say_how_far_errors_move_probabilities(monkeypatch: pytest.Mon
     error = (0.02 * error / error.std()).astype(np.float32)
     with torch.inference_mode():
         before, after = (
-            find.network(unet._padded(torch.from_numpy(x)[None, None]))[0, 0].sigmoid().double()
+            find.network(tracer.padded(torch.from_numpy(x)[None, None]))[0, 0].sigmoid().double()
             for x in (features[..., 0], features[..., 0] + error)
         )
     moved = float(((after - before) ** 2 / (before * (1 - before)).clamp_min(1e-9)).sum())
@@ -175,7 +177,7 @@ def test_gradients_say_how_far_errors_move_probabilities(monkeypatch: pytest.Mon
     one, same, other = (find.gradients(features, draws=1, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
-    monkeypatch.setattr(unet, "GRADIENT_TILE", (16, 16, 16))
+    monkeypatch.setattr(tracer, "TILE", (16, 16, 16))
     tiled = find.gradients(features, draws=draws, seed=1)
     strength = [np.square(found).mean(axis=0) for found in (whole, tiled)]
     assert np.corrcoef(*[ndimage.gaussian_filter(found, 2.0).reshape(-1) for found in strength])[0, 1] > 0.98

@@ -76,6 +76,13 @@ Importance = Annotated[
         "or coarser by whole factors."
     ),
 ]
+TracedBy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TRACER",
+        help="Path or URL of a tracer, of `ucray tracer`: errors weigh by how far they move what it finds.",
+    ),
+]
 Memory = Annotated[str | None, typer.Option(help="What an encode worker may take, as 4GiB; 6GiB by default.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MetricsPort = Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ucray.commands import bench, plan, read, write
+from ucray.commands import bench, plan, read, tracer, write
 from ucray.errors import UcrayError
 from ucray.log import LogFormat, LogLevel, configure
 
@@ -23,7 +23,7 @@ STOPPED = 128 + signal.SIGTERM
 """Exit status of a job that was told to stop, as shells say it."""
 
 for command in (
-    *(write.synth, write.train, write.compress, plan.plan, bench.bench, write.decompress),
+    *(write.synth, write.train, tracer.tracer, write.compress, plan.plan, bench.bench, write.decompress),
     *(read.serve, read.report, read.verify, read.info),
 ):
     app.command()(command)

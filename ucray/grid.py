@@ -55,6 +55,10 @@ class Box:
             triple(min(max(v, 0), n) for v, n in zip(self.stop, shape, strict=True)),
         )
 
+    def grown(self, margin: int) -> Box:
+        """The box and so many voxels beyond each of its faces."""
+        return Box(triple(a - margin for a in self.start), triple(b + margin for b in self.stop))
+
     def __str__(self) -> str:
         return ",".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True))
 
@@ -131,6 +135,14 @@ class Grid:
                 triple(iter(chunk_index)),
                 Box(start, add(start, self.chunk)).clipped(self.shape),
             )
+
+
+def blocks(shape: Shape3, block: Shape3) -> Iterator[Box]:
+    """Boxes that cover a volume, those at its end cut off."""
+    axes = [range(0, n, b) for n, b in zip(shape, block, strict=True)]
+    for start in itertools.product(*axes):
+        stop = triple(min(a + b, n) for a, b, n in zip(start, block, shape, strict=True))
+        yield Box(triple(iter(start)), stop)
 
 
 def triple(values: Iterator[int]) -> Shape3:

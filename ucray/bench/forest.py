@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ucray.bench.tissue import Features, Finder, Lesson, Normaliser, Probability, Volume
+from ucray.bench.tissue import Features, Finder, Lesson, Probability, Volume
+from ucray.codec.tracer import Normaliser
 
 SIGMAS = (1.0, 4.0, 3)
 """Smallest and largest scale of the features in voxels, and how many."""

@@ -18,7 +18,6 @@ from typing import ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from ucray.bench.samples import blocks
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import ChunkDecoder
@@ -26,7 +25,7 @@ from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.importance import LEADING, ChunkImportance, cell_means
 from ucray.codec.rate import CHUNK_OVERHEAD, finest_within
 from ucray.codec.weights import Weights
-from ucray.grid import Box, Shape3, triple
+from ucray.grid import Box, Shape3, blocks, triple
 
 Volume = npt.NDArray[np.generic]
 Shared = ctypes.Array[ctypes.c_ubyte]
@@ -35,9 +34,6 @@ SEARCHED = 16
 """Chunks on which the quality for a ratio is searched."""
 
 PROCESSES = os.cpu_count() or 1
-
-INSENSITIVE = 0.02
-"""Least sensitivity that is believed, of the mean."""
 
 WARMING = 128
 """The quality of a chunk that is coded before anything is timed."""
@@ -95,11 +91,8 @@ class VolumeCodec:
                 yield ChunkImportance.of(cell_means(importance[box.slices], cell), mean, self.chunk, cell)
             return
         found = [self._encoder.sensitivity.of(importance[(slice(None), *box.slices)]) for box in self._boxes]
-        level = float(np.mean([one[..., :LEADING] for one in found])) or 1.0
-        # Roots, as few draws say little of one latent; and what is small now may not be when all has changed.
-        roots = [np.sqrt(np.maximum(one / level, INSENSITIVE)) for one in found]
-        mean = float(np.mean([one[..., :LEADING] for one in roots]))
-        for one in roots:
+        mean = float(np.mean([one[..., :LEADING] for one in found])) or 1.0
+        for one in found:
             yield ChunkImportance.of_latents(one, mean)
 
     def __enter__(self) -> Self:

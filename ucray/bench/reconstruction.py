@@ -12,10 +12,10 @@ import numpy.typing as npt
 from ucray.bench.ours import VolumeCodec
 from ucray.bench.peers import PEERS, Peer
 from ucray.bench.run import OURS
-from ucray.bench.samples import Samples, blocks
+from ucray.bench.samples import Samples
 from ucray.bench.tissue import Volume
 from ucray.codec.weights import Weights
-from ucray.grid import Shape3, triple
+from ucray.grid import Shape3, blocks, triple
 
 
 def missing_reason(name: str, weights: Weights | None) -> str | None:

@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from ucray.bench.ours import PROCESSES, VolumeCodec
 from ucray.bench.peers import PEERS, Peer
-from ucray.bench.samples import Samples, blocks
+from ucray.bench.samples import Samples
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
-from ucray.grid import Box, Shape3, triple
+from ucray.grid import Box, Shape3, blocks, triple
 from ucray.quality import ErrorSum, SeamSum, ssim
 
 STUDENT = "ucray"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from ucray.grid import Box, Shape3, triple
 
 Bytes3 = npt.NDArray[np.uint8]
 """A volume (z, y, x) of 8-bit samples."""
@@ -44,12 +41,3 @@ class Samples:
     def back(self, values: Bytes3) -> npt.NDArray[np.float64]:
         """Voxel values of decoded samples."""
         return self.low + self.step * values.astype(np.float64)
-
-
-def blocks(shape: Shape3, block: Shape3) -> Iterator[Box]:
-    """Boxes that cover a volume, those at its end cut off."""
-    counts = [-(-n // b) for n, b in zip(shape, block, strict=True)]
-    for index in np.ndindex(*counts):
-        start = triple(i * b for i, b in zip(index, block, strict=True))
-        stop = triple(min(s + b, n) for s, b, n in zip(start, block, shape, strict=True))
-        yield Box(start, stop)

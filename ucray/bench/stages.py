@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ucray.bench.samples import blocks
 from ucray.codec.anticipation import anticipated
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import ready
@@ -23,7 +22,7 @@ from ucray.codec.network import analysis_of, load_network, stored_synthesis
 from ucray.codec.threads import one_thread
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
-from ucray.grid import Shape3, triple
+from ucray.grid import Shape3, blocks, triple
 
 REPEATS = 5
 """Runs of a stage; the fastest counts, as others of the machine only ever slow one down."""

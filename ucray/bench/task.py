@@ -18,12 +18,12 @@ from ucray.bench.outlines import Panel
 from ucray.bench.peers import PEERS
 from ucray.bench.reconstruction import decoded_at, missing_reason
 from ucray.bench.run import OURS
-from ucray.bench.samples import blocks
 from ucray.bench.tissue import Features, Labels, Lesson, Sight, Tracer, Volume, f1, information, rand_error
 from ucray.bench.unet import NetworkFinder, NetworkSight
+from ucray.codec.sensitivity import DRAWS
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
-from ucray.grid import Box, Shape3, triple
+from ucray.grid import Box, Shape3, blocks, triple
 from ucray.quality import ErrorSum
 
 TASKS = {"membrane": ("f1",), "segmentation": ("f1", "vi_split", "vi_merge", "rand_error")}
@@ -39,14 +39,11 @@ MEMBRANES = "ucray-membranes"
 TRACED = "ucray-traced"
 """ucray with errors weighed by what they change in the probabilities of the tracer."""
 
-DRAWN_SIGNS = 8
-"""By which that is told."""
-
 MEMBRANE_GAIN = 8.0
 """How much more the error of a voxel weighs that is surely membrane than that of one that surely is none."""
 
 SEED = 0
-DRAWS = 2000
+DRAWN_BLOCKS = 2000
 """Of blocks with replacement, for the intervals."""
 
 BLOCKS = (2, 2, 2)
@@ -205,12 +202,12 @@ def _membranes(halves: Sequence[_Half], volume: Volume) -> npt.NDArray[np.float3
 
 def _gradients(halves: Sequence[_Half], volume: Volume) -> npt.NDArray[np.float32]:
     """Gradients (draws, z, y, x) of what a tracer says of each half of the original."""
-    found = np.empty((DRAWN_SIGNS, *volume.shape), np.float32)
+    found = np.empty((DRAWS, *volume.shape), np.float32)
     for half in halves:
         finder = half.tracers[0].membranes
         assert isinstance(finder, NetworkFinder)
         here = (slice(None), *half.box.slices)
-        found[here] = finder.gradients(half.features(volume), draws=DRAWN_SIGNS, seed=SEED)
+        found[here] = finder.gradients(half.features(volume), draws=DRAWS, seed=SEED)
     return found
 
 
@@ -271,7 +268,7 @@ def _scores(
 ) -> Iterator[Score]:
     """Means, and what changes against the original; each block is compared with itself."""
     random = np.random.default_rng(SEED)
-    drawn = random.integers(len(found), size=(DRAWS, len(found)))
+    drawn = random.integers(len(found), size=(DRAWN_BLOCKS, len(found)))
     names = TASKS["segmentation"][: found.shape[1]]
     for number, name in enumerate(names):
         lost = found[:, number] - before[:, number]

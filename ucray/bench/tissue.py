@@ -52,24 +52,6 @@ class Lesson:
     segments: Labels | None
 
 
-@dataclass(frozen=True)
-class Normaliser:
-    """Takes off a volume's mean and divides by its deviation."""
-
-    offset: float
-    scale: float
-
-    @classmethod
-    def of(cls, volume: Volume) -> Normaliser:
-        """As suits a volume."""
-        return cls(float(volume.mean()), float(volume.std()) or 1.0)
-
-    def normalised(self, volume: Volume) -> npt.NDArray[np.float32]:
-        """A volume, or another one in its units."""
-        values = (volume.astype(np.float32) - np.float32(self.offset)) / np.float32(self.scale)
-        return values.astype(np.float32)
-
-
 class Sight(Protocol):
     """How voxels are looked at, and how what is seen in them is learnt."""
 

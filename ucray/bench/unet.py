@@ -1,10 +1,5 @@
 """Membranes found by a U-Net that learns in some minutes of two cores.
 
-::
-
-    voxels --> cells of 2^3 --> blocks ------------------------(+)--> blocks --> membrane, or not
-                                   +--> half as fine --> blocks --^       +----> of one neuron, or not
-
 Beside membranes it learns whether voxels some way apart belong to one neuron, which makes it look further
 (Ronneberger et al. 2015, "U-Net"; Lee et al. 2017, "Superhuman accuracy on the SNEMI3D connectomics
 challenge"). It is taught with crops turned, blurred, noisy and of other contrast: what a microscope or a
@@ -16,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,20 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ucray.bench.crops import Crops, offsets
-from ucray.bench.samples import blocks
-from ucray.bench.tissue import Features, Finder, Lesson, Normaliser, Probability, Volume
+from ucray.bench.tissue import Features, Finder, Lesson, Probability, Volume
 from ucray.codec.allocator import keep_freed_memory
-from ucray.codec.postfilter import fast_in_bfloat16
-from ucray.grid import Shape3, triple
-
-WIDTHS = (32, 64, 96)
-"""Channels on cells, on cells twice as large, and on those four times as large."""
-
-STRIDE = 8
-"""Voxels along an axis that a coarsest cell has, where sections are thin."""
-
-GROUPS = 8
-"""Of channels that are normalised together."""
+from ucray.codec.tracer import (
+    WIDTHS,
+    MembraneNetwork,
+    Normaliser,
+    fewer_bits,
+    padded,
+    sign_gradients,
+)
+from ucray.grid import Box, triple
 
 APART_WEIGHT = 0.1
 """Of each pair of voxels apart in the loss, where membranes have 1."""
@@ -50,73 +42,30 @@ CROPS = 2
 RATE, WARMING, LAST = 2e-3, 100, 0.01
 """Largest learning rate, steps until it is reached, and the last one's share."""
 
-GRADIENT_TILE: Shape3 = (80, 80, 80)
-"""Voxels of which gradients are found together, which takes a gigabyte; a multiple of STRIDE."""
-
-SEEN = 16
-"""Voxels around these, and a multiple of STRIDE too: the network hardly looks further."""
-
 KEPT = 0.998
 """Of the mean of all steps' numbers at each step."""
 
-
-class Block(nn.Module):
-    """x plus two convolutions, each behind a ReLU of normalised features; starts as no change."""
-
-    def __init__(self, width: int, kernel: Shape3) -> None:
-        super().__init__()
-        padding = triple(k // 2 for k in kernel)
-        self.before = nn.GroupNorm(GROUPS, width)
-        self.open = nn.Conv3d(width, width, kernel, padding=padding)
-        self.between = nn.GroupNorm(GROUPS, width)
-        self.close = nn.Conv3d(width, width, kernel, padding=padding)
-        nn.init.zeros_(self.close.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.open(functional.relu(self.before(x)))
-        return x + torch.as_tensor(self.close(functional.relu(self.between(inner))))
+Watch = Callable[[int], None]
 
 
-class MembraneNetwork(nn.Module):
-    """Normalised voxels (batch, 1, z, y, x), multiples of STRIDE, to logits of the same shape."""
+class TaughtNetwork(MembraneNetwork):
+    """The same, and beside membranes whether voxels some way apart belong to two neurons."""
 
     def __init__(self, *, flat: bool) -> None:
-        super().__init__()
-        kernel: Shape3 = (1, 3, 3) if flat else (3, 3, 3)
-        half: Shape3 = (1, 2, 2) if flat else (2, 2, 2)
-        fine, middle, coarse = WIDTHS
-
-        def blocks(width: int, count: int) -> nn.Sequential:
-            return nn.Sequential(*[Block(width, kernel) for _ in range(count)])
-
-        self.stem = nn.Conv3d(
-            1, fine, triple(2 * n if n > 1 else 1 for n in half), half, triple(n // 2 for n in half)
-        )
-        self.first = nn.Conv3d(fine, fine, kernel, padding=triple(k // 2 for k in kernel))
-        self.fine, self.fine_again = blocks(fine, 2), blocks(fine, 2)
-        self.to_middle = nn.Conv3d(fine, middle, half, half)
-        self.middle, self.middle_again = blocks(middle, 2), blocks(middle, 1)
-        self.to_coarse = nn.Conv3d(middle, coarse, half, half)
-        self.coarse = blocks(coarse, 2)
-        self.from_coarse = nn.ConvTranspose3d(coarse, middle, half, half)
-        self.from_middle = nn.ConvTranspose3d(middle, fine, half, half)
-        self.membrane = nn.ConvTranspose3d(fine, 1, half, half)
-        self.apart = nn.ConvTranspose3d(fine, len(offsets(flat)), half, half)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Features (batch, width, ...) of cells."""
-        fine = self.fine(self.first(functional.relu(self.stem(x))))
-        middle = self.middle(self.to_middle(fine))
-        middle = self.middle_again(middle + self.from_coarse(self.coarse(self.to_coarse(middle))))
-        return torch.as_tensor(self.fine_again(fine + self.from_middle(middle)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.membrane(self.features(x)))
+        super().__init__(flat=flat)
+        self.apart = nn.ConvTranspose3d(WIDTHS[0], len(offsets(flat)), self.halved, self.halved)
 
     def both(self, x: Tensor) -> Tensor:
         """Logits (batch, 1 + offsets, z, y, x) of membranes, and of neurons that differ across offsets."""
         features = self.features(x)
         return torch.cat([self.membrane(features), self.apart(features)], dim=1)
+
+    def membranes_alone(self) -> MembraneNetwork:
+        """What says where membranes are."""
+        alone = MembraneNetwork(flat=self.flat)
+        wanted = alone.state_dict()
+        alone.load_state_dict({name: kept for name, kept in self.state_dict().items() if name in wanted})
+        return alone.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -141,6 +90,11 @@ class NetworkSight:
 
         It may be surer of these than of others; one that has not seen them would take as long again.
         """
+        find = self.taught(lesson, seed=seed)
+        return find, find(lesson.features)
+
+    def taught(self, lesson: Lesson, *, seed: int, watch: Watch = lambda step: None) -> NetworkFinder:
+        """A network that has learnt; `watch` is told after each step."""
         keep_freed_memory()
         shape, segments = lesson.membrane.shape, lesson.segments
         neurons = np.zeros(shape, np.int32) if segments is None else segments.astype(np.int32)
@@ -148,9 +102,8 @@ class NetworkSight:
         crops = Crops(lesson.features[..., 0], lesson.membrane, lesson.known, neurons, self.flat, random)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = MembraneNetwork(flat=self.flat)
-        find = NetworkFinder(_taught(network, crops, self.steps))
-        return find, find(lesson.features)
+            network = TaughtNetwork(flat=self.flat)
+        return NetworkFinder(_taught(network, crops, self.steps, watch))
 
 
 @dataclass(frozen=True)
@@ -163,34 +116,13 @@ class NetworkFinder:
         return _found(self.network, features[..., 0])
 
     def gradients(self, features: Features, *, draws: int, seed: int) -> npt.NDArray[np.float32]:
-        """Gradients (draws, z, y, x), along voxels, of all probabilities with random signs.
-
-        Each is divided by its deviation, the root of p (1 - p): mean squares along an error are Fisher
-        information.
-        """
+        """What `sign_gradients` says of all voxels."""
         voxels = features[..., 0]
-        shape = triple(iter(voxels.shape))
-        found = np.empty((draws, *shape), np.float32)
-        signs = torch.Generator().manual_seed(seed)
-        for box in blocks(shape, GRADIENT_TILE):
-            # What lies beyond a tile says nothing of it but through what the network sees around it.
-            low = triple(max(a - SEEN, 0) for a in box.start)
-            wide = tuple(slice(a, b + SEEN) for a, b in zip(low, box.stop, strict=True))
-            inside = box.shifted(triple(-a for a in low)).slices
-            x = _padded(torch.from_numpy(np.ascontiguousarray(voxels[wide]))[None, None]).requires_grad_()
-            with _fewer_bits():
-                logits = self.network(x).float()
-            probability = logits.detach().sigmoid()
-            deviation = (probability * (1.0 - probability)).sqrt()
-            for draw in range(draws):
-                sign = torch.randint(0, 2, logits.shape, generator=signs) * 2 - 1
-                total = (logits * deviation * sign).sum()
-                (gradient,) = torch.autograd.grad(total, x, retain_graph=draw + 1 < draws)
-                found[(draw, *box.slices)] = gradient[0, 0].numpy()[inside]
-        return found
+        everywhere = Box((0, 0, 0), triple(iter(voxels.shape)))
+        return sign_gradients(self.network, voxels, everywhere, draws=draws, seed=seed)
 
 
-def _taught(network: MembraneNetwork, crops: Crops, steps: int) -> MembraneNetwork:
+def _taught(network: TaughtNetwork, crops: Crops, steps: int, watch: Watch) -> MembraneNetwork:
     """The mean of a network's numbers over the steps of its training."""
     parameters = list(network.parameters())
     kept = copy.deepcopy(network)
@@ -201,8 +133,8 @@ def _taught(network: MembraneNetwork, crops: Crops, steps: int) -> MembraneNetwo
         for group in optimiser.param_groups:
             group["lr"] = RATE * warmed * share
         x, targets, known = (torch.stack(parts).float() for parts in zip(*_step(crops), strict=True))
-        with _fewer_bits():
-            logits = network.both(_padded(x))
+        with fewer_bits("cpu"):
+            logits = network.both(padded(x))
         logits = logits[..., : x.shape[2], : x.shape[3], : x.shape[4]].float()
         lost = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none") * known
         each = lost.sum((0, 2, 3, 4)) / known.sum((0, 2, 3, 4)).clamp_min(1.0)
@@ -214,7 +146,8 @@ def _taught(network: MembraneNetwork, crops: Crops, steps: int) -> MembraneNetwo
             share = 1.0 - min(KEPT, (step + 1) / (step + 10))
             for mean, now in zip(kept.parameters(), parameters, strict=True):
                 mean.lerp_(now, share)
-    return kept.eval().requires_grad_(False)
+        watch(step + 1)
+    return kept.membranes_alone()
 
 
 def _step(crops: Crops) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -223,13 +156,13 @@ def _step(crops: Crops) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 def _found(network: MembraneNetwork, voxels: npt.NDArray[np.float32]) -> Probability:
     """Probability of membranes: the mean over a volume and its seven mirror images."""
-    x = _padded(torch.from_numpy(np.ascontiguousarray(voxels))[None, None])
+    x = padded(torch.from_numpy(np.ascontiguousarray(voxels))[None, None])
     total = torch.zeros_like(x)
     images = [
         tuple(2 + axis for axis in range(3) if back[axis])
         for back in itertools.product((False, True), repeat=3)
     ]
-    with torch.inference_mode(), _fewer_bits():
+    with torch.inference_mode(), fewer_bits("cpu"):
         for back in images:
             total += network(_flipped(x, back)).float().sigmoid().flip(back)
     inside = tuple(slice(n) for n in voxels.shape)
@@ -238,14 +171,3 @@ def _found(network: MembraneNetwork, voxels: npt.NDArray[np.float32]) -> Probabi
 
 def _flipped(x: Tensor, back: tuple[int, ...]) -> Tensor:
     return x.flip(back).contiguous(memory_format=torch.channels_last_3d)
-
-
-def _padded(x: Tensor) -> Tensor:
-    """Voxels (batch, 1, z, y, x) that go on beyond their ends to a multiple of STRIDE."""
-    missing = [n for size in reversed(x.shape[2:]) for n in (0, -size % STRIDE)]
-    padded = functional.pad(x, missing, mode="replicate")
-    return padded.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _fewer_bits() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast_in_bfloat16())

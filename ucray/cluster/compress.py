@@ -113,7 +113,7 @@ def prepare(
             scale=measured.scale,
             data_range=measured.data_range,
             weights_digest=weights.digest,
-            importance="" if plan.importance is None else plan.importance.weights.url,
+            importance=plan.weighed_by,
             importance_mean=measured.importance_mean,
             levels=plan.levels,
         )

@@ -19,7 +19,7 @@ from ucray.cluster.session import ray_session
 from ucray.cluster.telemetry import LINGER, Listener, Telemetry, ignore
 from ucray.cluster.train import train as train_on_ray
 from ucray.cluster.verify import Verification, verify_archive
-from ucray.cluster.weights_store import load_weights, object_at, trained_for
+from ucray.cluster.weights_store import load_weights, trained_for
 from ucray.codec.shipped import shipped_for
 from ucray.codec.weights import Weights
 from ucray.config import DecoderSizes
@@ -29,8 +29,9 @@ from ucray.quality import ErrorSum
 from ucray.settings import TrainingConfig
 from ucray.storage.archive import open_archive
 from ucray.storage.importance import ImportanceMap
-from ucray.storage.objects import open_objects, open_writable_store, translated
+from ucray.storage.objects import object_at, open_objects, open_writable_store, translated
 from ucray.storage.space import Space
+from ucray.storage.tracer import StoredTracer
 from ucray.synthetic import synthetic_volume
 from ucray.training.widening import check_linear
 
@@ -92,12 +93,14 @@ def decide(
     name = weights or shipped_for(config_for(volume))
     loaded = None if name is None else load_weights(name, connection.endpoint_url)
     config = loaded.config if loaded else config_for(volume)
-    importance = None
+    importance = tracer = None
+    if options.traced_by is not None:
+        tracer = StoredTracer.open(options.traced_by, connection.endpoint_url)
     if options.importance is not None:
         importance = ImportanceMap.open(
             options.importance, volume.shape, config.latent_cell, connection.endpoint_url
         )
-    return plan_compress(volume, config, options, importance), name, loaded
+    return plan_compress(volume, config, options, importance, tracer), name, loaded
 
 
 def compress(

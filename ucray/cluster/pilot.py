@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from ucray.bench.pictures import JPEG_XL_EFFORT, missing
 from ucray.cluster.plan import CompressPlan, sample_chunk_boxes
-from ucray.cluster.rate import Measured, chunk_importance, measure_volume
+from ucray.cluster.rate import Measured, measure_volume
 from ucray.cluster.telemetry import Listener
+from ucray.cluster.weighing import Weighing
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.decoder import ChunkDecoder, device_for
 from ucray.codec.encoder import ChunkEncoder
@@ -65,7 +66,6 @@ def run_pilot(plan: CompressPlan, weights: Weights, device: str, listener: Liste
     boxes = sample_chunk_boxes(plan.grid, PILOT_CHUNKS)
     chunks = [plan.volume.read(plan.source_box(box)) for box in boxes]
     places = [triple(a // c for a, c in zip(box.start, plan.grid.chunk, strict=True)) for box in boxes]
-    _, importance = chunk_importance(plan, boxes, measured.importance_mean)
     bound = plan.target.max_error
     form = ChunkFormat(
         plan.grid.chunk, plan.volume.dtype, plan.volume.fill_value, measured.offset, measured.scale
@@ -74,7 +74,14 @@ def run_pilot(plan: CompressPlan, weights: Weights, device: str, listener: Liste
     decoder = ChunkDecoder(weights.decoder(bounded=bound is not None), form, device=device_for(device))
     # What is loaded and built at the first chunk is not a job's speed.
     encoder.encode(chunks[0], measured.quality, places[0])
+    weighing = Weighing.of(plan, encoder)
+    if weighing is not None:
+        weighing.weights(boxes[0])
     started = time.perf_counter()
+    importance = [
+        None if weighing is None else weighing.importance(weighing.weights(box), measured.importance_mean)
+        for box in boxes
+    ]
     drafts = encoder.drafts(chunks, measured.quality, places, importance)
     packed = [encoder.pack(draft) for draft in drafts]
     seconds = time.perf_counter() - started

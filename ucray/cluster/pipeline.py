@@ -93,7 +93,7 @@ def serially(
     missing: Sequence[Shape3],
 ) -> Iterator[Outcome]:
     """Shards one after another in this process."""
-    encode = _EncodeRow(EncodeJob(settings, weights.to_bytes(), options.device), write)
+    encode = _EncodeRow(_encode_job(plan, settings, weights, options), write)
     writer = _WriteRow(write)
     for key, box in ShardBoxes(plan, missing):
         yield _outcome(writer.row(encode.row(read_row(plan.volume, key, box, plan.importance))))
@@ -119,7 +119,7 @@ def on_ray(
             cpus=options.worker_cpus,
         )
         reads = workers.count * READS["GPU" if options.device == "cuda" else "CPU"]
-        encode = EncodeJob(settings, weights.to_bytes(), options.device)
+        encode = _encode_job(plan, settings, weights, options)
         rows = (
             ray.data.read_datasource(
                 BoxSource(plan.volume, ShardBoxes(plan, missing), plan.importance),
@@ -150,6 +150,13 @@ def on_ray(
                 yield _outcome(row)
         except Exception as error:
             raise failure(error, "the Ray job") from error
+
+
+def _encode_job(
+    plan: CompressPlan, settings: ArchiveSettings, weights: Weights, options: RunOptions
+) -> EncodeJob:
+    tracer = None if plan.tracer is None else plan.tracer.read()
+    return EncodeJob(settings, weights.to_bytes(), options.device, tracer)
 
 
 class _EncodeRow:

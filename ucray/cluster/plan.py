@@ -18,6 +18,7 @@ from ucray.errors import SettingsError
 from ucray.grid import Box, Grid, Shape3, format_shape, parse_box, round_up, triple
 from ucray.settings import Settings, TrainingConfig
 from ucray.storage.importance import ImportanceMap
+from ucray.storage.tracer import StoredTracer
 from ucray.storage.volume import Volume
 from ucray.zarr_level import level_factors
 
@@ -25,6 +26,9 @@ FINGERPRINT_VERSION = 1
 
 NETWORK_MEMORY = 1536 * 2**20
 """Bytes an encode worker holds whatever the shard: interpreter, torch, networks, one chunk's features."""
+
+TRACER_MEMORY = 1024 * 2**20
+"""Bytes that a tracer's gradients of a chunk take beside that."""
 
 COPIES = 3
 """Copies of a shard's voxels that live at once in an encode worker: block, array, drafts."""
@@ -42,7 +46,8 @@ class CompressOptions(Settings):
     At most one of `ratio` (source bytes over archive bytes), `psnr` (dB), `max_error` (of any voxel, in
     its units) and `lossless` is the target; without any it is DEFAULT_RATIO. Without `exact_fill` voxels of
     the volume's fill value are coded like others. `importance` is where weights of voxels' errors are, in an
-    array as large as the volume or coarser by whole factors. `levels` coarser ones can be read beside the
+    array as large as the volume or coarser by whole factors; or else `traced_by` is where a tracer is, and
+    errors weigh by how far they move what it finds. `levels` coarser ones can be read beside the
     volume itself.
     """
 
@@ -55,6 +60,7 @@ class CompressOptions(Settings):
     shard: Shape3 | None = None
     roi: str | None = None
     importance: str | None = None
+    traced_by: str | None = None
     levels: Annotated[int, Field(ge=0, le=16)] = 0
     memory: Annotated[ByteSize, Field(ge=1)] = ByteSize(6 * 2**30)
 
@@ -108,8 +114,8 @@ class CompressPlan:
         SHA-256 of what makes two jobs write the same archive, but for the weights.
     levels
         Factors (z, y, x) of coarser levels.
-    importance
-        Weights of the voxels' errors; None where all weigh the same.
+    importance, tracer
+        Weights of the voxels' errors, or what says how much they weigh; both None where all weigh the same.
     """
 
     volume: Volume
@@ -120,6 +126,14 @@ class CompressPlan:
     fingerprint: str
     levels: tuple[Shape3, ...] = ()
     importance: ImportanceMap | None = None
+    tracer: StoredTracer | None = None
+
+    @property
+    def weighed_by(self) -> str:
+        """Where that is what says how much errors weigh; nothing where all weigh the same."""
+        if self.tracer is not None:
+            return self.tracer.url
+        return "" if self.importance is None else self.importance.weights.url
 
     @property
     def bytes_in(self) -> int:
@@ -157,6 +171,7 @@ class CompressPlan:
             "shard": list(self.grid.shard),
             "levels": [list(factors) for factors in self.levels],
             "importance": None if self.importance is None else self.importance.weights.url,
+            "traced_by": None if self.tracer is None else self.tracer.url,
             "chunks": self.chunk_count,
             "shards": self.shard_count,
             "bytes_in": self.bytes_in,
@@ -175,7 +190,11 @@ def worker_memory(shard: Shape3, itemsize: int) -> int:
 
 
 def plan_compress(
-    volume: Volume, config: CodecConfig, options: CompressOptions, importance: ImportanceMap | None = None
+    volume: Volume,
+    config: CodecConfig,
+    options: CompressOptions,
+    importance: ImportanceMap | None = None,
+    tracer: StoredTracer | None = None,
 ) -> CompressPlan:
     """Decide a compress job from metadata alone.
 
@@ -186,10 +205,15 @@ def plan_compress(
         would need more than `options.memory`.
     """
     target = Target.of(options)
-    if importance is not None and target.max_error is not None:
+    if importance is not None and tracer is not None:
+        raise SettingsError("--importance and --traced-by both say what errors weigh; give one of them")
+    if (importance or tracer) is not None and target.max_error is not None:
+        asked_for = "--importance" if tracer is None else "--traced-by"
         raise SettingsError(
-            "--importance spreads errors, and a bound holds for every voxel: give one of them"
+            f"{asked_for} spreads errors, and a bound holds for every voxel: give one of them"
         )
+    if tracer is not None and config.analysis is not None:
+        raise SettingsError("--traced-by weighs latents that are linear, and those of these weights are not")
     if not options.exact_fill:
         volume = volume.without_fill()
     region = Box((0, 0, 0), volume.shape) if options.roi is None else parse_box(options.roi, volume.shape)
@@ -202,9 +226,11 @@ def plan_compress(
     shard = options.shard or default_shard(region.shape, chunk)
     grid = Grid(region.shape, chunk, shard)
     itemsize = np.dtype(volume.dtype).itemsize
-    peak = worker_memory(shard, itemsize)
+    peak = worker_memory(shard, itemsize) + (0 if tracer is None else TRACER_MEMORY)
     if peak > options.memory:
-        room = (options.memory - NETWORK_MEMORY) // (COPIES * itemsize * math.prod(chunk))
+        room = (options.memory - peak + COPIES * itemsize * math.prod(shard)) // (
+            COPIES * itemsize * math.prod(chunk)
+        )
         side = int(max(room, 0) ** (1 / 3) + 1e-9)
         fitting = format_shape(triple(side * c for c in chunk)) if side else "none"
         raise SettingsError(
@@ -223,8 +249,10 @@ def plan_compress(
         asked["levels"] = options.levels
     if importance is not None:
         asked["importance"] = importance.weights.identity
+    if tracer is not None:
+        asked["traced_by"] = tracer.digest
     levels = tuple(level_factors(volume.space.scale, options.levels))
-    return CompressPlan(volume, region, grid, target, peak, _sha256(asked), levels, importance)
+    return CompressPlan(volume, region, grid, target, peak, _sha256(asked), levels, importance, tracer)
 
 
 def default_shard(shape: Shape3, chunk: Shape3) -> Shape3:

@@ -38,6 +38,8 @@ def provenance(plan: CompressPlan, measured: Measured) -> dict[str, Any]:
     command += ["--chunk", format_shape(plan.grid.chunk), "--shard", format_shape(plan.grid.shard)]
     if plan.importance is not None:
         command += ["--importance", plan.importance.weights.url]
+    if plan.tracer is not None:
+        command += ["--traced-by", plan.tracer.url]
     if plan.levels:
         command += ["--levels", str(len(plan.levels))]
     if np.isnan(volume.fill_value) and not np.issubdtype(np.dtype(volume.dtype), np.floating):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ucray.cluster.plan import CompressPlan, sample_chunk_boxes
 from ucray.cluster.telemetry import Event, Listener
+from ucray.cluster.weighing import Weighing
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import device_for
 from ucray.codec.encoder import ChunkEncoder, Prepared
@@ -18,7 +19,7 @@ from ucray.codec.importance import ChunkImportance
 from ucray.codec.rate import CHUNK_OVERHEAD, coarsest_reaching, finest_within
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
-from ucray.grid import Box, triple
+from ucray.grid import triple
 from ucray.quality import ErrorSum
 
 SAMPLED_CHUNKS = 64
@@ -69,22 +70,33 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
         If even the coarsest quality is larger than the ratio asked for.
     """
     boxes = sample_chunk_boxes(plan.grid, SAMPLED_CHUNKS)
+    steps = itertools.count(1)
+    total = (3 if plan.weighed_by else 2) * len(boxes)
     samples = []
-    for number, box in enumerate(boxes):
+    for box in boxes:
         samples.append(plan.volume.read(plan.source_box(box)))
-        listener(Event("measure", number + 1, 2 * len(boxes)))
+        listener(Event("measure", next(steps), total))
     volume, target = plan.volume, plan.target
     offset, scale = normalisation(samples, volume.fill_value)
     peak = data_range(samples, volume.dtype, volume.fill_value)
     chunk = ChunkFormat(plan.grid.chunk, volume.dtype, volume.fill_value, offset, scale)
     encoder = ChunkEncoder(weights, chunk, device=device_for(device), max_error=target.max_error)
-    importance_mean, importance = chunk_importance(plan, boxes)
+    weighing = Weighing.of(plan, encoder)
+    importance: list[ChunkImportance | None] = [None] * len(boxes)
+    importance_mean = 1.0
+    if weighing is not None:
+        found = []
+        for box in boxes:
+            found.append(weighing.weights(box))
+            listener(Event("measure", next(steps), total))
+        importance_mean = weighing.mean(found)
+        importance = [weighing.importance(one, importance_mean) for one in found]
     prepared: list[Prepared] = []
-    for number, (box, sample, weight) in enumerate(zip(boxes, samples, importance, strict=True)):
+    for box, sample, weight in zip(boxes, samples, importance, strict=True):
         # A chunk says its place, and those bytes count too.
         place = triple(start // size for start, size in zip(box.start, plan.grid.chunk, strict=True))
         prepared += encoder.prepare([sample], [place], [weight])
-        listener(Event("measure", len(boxes) + number + 1, 2 * len(boxes)))
+        listener(Event("measure", next(steps), total))
     share = plan.region.voxels / sum(box.voxels for box in boxes)
 
     overhead = plan.chunk_count * CHUNK_OVERHEAD + plan.shard_count * SHARD_OVERHEAD
@@ -124,24 +136,6 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
                 f"{plan.bytes_in / least:.1f}{hint}"
             )
     return Measured(offset, scale, peak, quality, archive_bytes(quality), psnr(quality), importance_mean)
-
-
-def chunk_importance(
-    plan: CompressPlan, boxes: Sequence[Box], mean: float | None = None
-) -> tuple[float, list[ChunkImportance | None]]:
-    """Mean weight over the chunks in `boxes`, and the importance of each; None where all weigh the same.
-
-    Chunks weigh against that mean, or against `mean` where the volume's is known.
-    """
-    if plan.importance is None:
-        return 1.0, [None] * len(boxes)
-    cells = [plan.importance.cells(plan.source_box(box)) for box in boxes]
-    if mean is None:
-        mean = float(f"{np.concatenate([found.reshape(-1) for found in cells]).mean():.6g}")
-    if mean == 0.0:
-        raise SettingsError(f"--importance {plan.importance.weights.url} is zero wherever it was looked at")
-    chunk, cell = plan.grid.chunk, plan.importance.cell
-    return mean, [ChunkImportance.of(found, mean, chunk, cell) for found in cells]
 
 
 def data_range(samples: list[npt.NDArray[np.generic]], dtype: str, fill_value: float) -> float:

@@ -10,20 +10,23 @@ import numpy as np
 import numpy.typing as npt
 
 from ucray.bench.choice import Choice, choose, draw_choice
-from ucray.bench.labelled import labelled
+from ucray.bench.labelled import Labelled, labelled
 from ucray.bench.run import RATIOS, STUDENT
-from ucray.bench.task import Traced, run_task
+from ucray.bench.task import SEED, Traced, run_task
 from ucray.bench.task_report import write_task
-from ucray.bench.tissue import FLAT
+from ucray.bench.tissue import FLAT, Lesson
+from ucray.bench.unet import NetworkSight
 from ucray.cluster.benchmark import fitting_weights, read_region
 from ucray.cluster.connection import Connection
 from ucray.cluster.plan import config_for
 from ucray.cluster.rate import data_range
 from ucray.cluster.telemetry import Event, Listener, ignore
+from ucray.codec.tracer import TracerNetwork
 from ucray.codec.weights import Weights
 from ucray.config import default_chunk
 from ucray.errors import DestinationError, SettingsError
 from ucray.grid import Box, Shape3, format_shape
+from ucray.storage.objects import object_at
 from ucray.storage.volume import LABEL_DTYPES, Volume, open_volume
 
 SWEPT = (8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 500.0)
@@ -59,6 +62,15 @@ class Tracing:
     tracers: int = 1
     network_steps: int = 0
 
+    def read(self) -> tuple[Volume, Box, Labelled]:
+        """The volume, the region of it, and that with what is known to be there."""
+        volume = self.connection.open(self.source)
+        region, voxels = read_region(volume, self.roi)
+        place = open_volume(self.labels, None, self.connection.endpoint_url, dtypes=LABEL_DTYPES)
+        known = _read_labels(place, volume, region)
+        thickness = volume.space.scale[0] / min(volume.space.scale)
+        return volume, region, labelled(voxels, known, self.membrane, flat=thickness >= FLAT)
+
     def run(
         self,
         task: str,
@@ -68,21 +80,17 @@ class Tracing:
         listener: Listener,
     ) -> tuple[Traced, str]:
         """What was traced, and a title for it."""
-        volume = self.connection.open(self.source)
-        region, voxels = read_region(volume, self.roi)
-        place = open_volume(self.labels, None, self.connection.endpoint_url, dtypes=LABEL_DTYPES)
-        known = _read_labels(place, volume, region)
+        volume, region, known = self.read()
         weights = fitting_weights(volume, weights)
         config = config_for(volume) if weights is None else weights.config
-        thickness = volume.space.scale[0] / min(volume.space.scale)
         found = run_task(
             task,
-            labelled(voxels, known, self.membrane, flat=thickness >= FLAT),
+            known,
             weights,
             self.chunk or default_chunk(config),
             codecs=codecs,
             ratios=ratios,
-            data_range=data_range([voxels], volume.dtype, volume.fill_value),
+            data_range=data_range([known.voxels], volume.dtype, volume.fill_value),
             tracers=self.tracers,
             network_steps=self.network_steps,
             watch=lambda codec: listener(Event("trace", 0, 1, codec)),
@@ -119,6 +127,32 @@ def trace(
     found, title = tracing.run(task, weights, codecs, ratios, listener)
     write_task(found, folder, title)
     return found
+
+
+def teach(tracing: Tracing, destination: str, *, listener: Listener = ignore) -> TracerNetwork:
+    """Teach a tracer all that is known of a region, and write it to a new object.
+
+    Raises
+    ------
+    DestinationError
+        If something is there.
+    SettingsError
+        If labels do not fit the volume, or are all membrane, or have none.
+    """
+    folder, name = object_at(destination, tracing.connection.endpoint_url)
+    folder.check_place()
+    if folder.get(name) is not None:
+        raise DestinationError(f"{destination} exists; give another name")
+    _, region, known = tracing.read()
+    known = known.part(Box((0, 0, 0), region.shape))
+    sight = NetworkSight.of(known.voxels, flat=known.flat, steps=tracing.network_steps)
+    lesson = Lesson(sight.features(known.voxels), known.membrane, known.known, known.segments)
+    steps = tracing.network_steps
+    find = sight.taught(lesson, seed=SEED, watch=lambda step: listener(Event("teach", step, steps)))
+    tracer = TracerNetwork(find.network, sight.normaliser)
+    if not folder.put_new(name, tracer.to_bytes()):
+        raise DestinationError(f"{destination} appeared while teaching; the new tracer is not kept")
+    return tracer
 
 
 def choose_ratio(

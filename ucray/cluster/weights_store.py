@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ucray.cluster.compress import check_empty
 from ucray.cluster.pipeline import RunOptions
 from ucray.cluster.plan import CompressPlan
@@ -12,10 +10,10 @@ from ucray.cluster.telemetry import Listener
 from ucray.cluster.train import train as train_on_ray
 from ucray.codec.shipped import shipped_names, shipped_weights
 from ucray.codec.weights import Weights
-from ucray.errors import DestinationError, SettingsError, WeightsError
+from ucray.errors import DestinationError, WeightsError
 from ucray.settings import TrainingConfig
 from ucray.storage.archive import GROUP_KEY, WEIGHTS_KEY, Archive, find_archive
-from ucray.storage.objects import Objects, open_objects
+from ucray.storage.objects import Objects, object_at
 
 
 def load_weights(place: str, endpoint_url: str | None = None) -> Weights:
@@ -84,11 +82,3 @@ def _refuse_other_weights(archive: Archive | None, url: str) -> None:
             f"{url} holds an archive made with weights {archive.settings.weights_digest[:12]} "
             "that are not kept in it; give them with --weights"
         )
-
-
-def object_at(place: str, endpoint_url: str | None) -> tuple[Objects, str]:
-    """The folder of an object and its name there."""
-    folder, _, name = place.rstrip("/").rpartition("/")
-    if not name or (place.startswith("s3://") and folder in ("s3:/", "s3:")):
-        raise SettingsError(f"{place} names no object")
-    return open_objects(folder or ("/" if place.startswith("/") else str(Path.cwd())), endpoint_url), name

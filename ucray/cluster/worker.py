@@ -11,8 +11,10 @@ import numpy.typing as npt
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.decoder import device_for
 from ucray.codec.encoder import ChunkEncoder, Draft, Packed, pack
+from ucray.codec.fill import fill_mask
 from ucray.codec.importance import ChunkImportance
 from ucray.codec.importance import Weights as Importance
+from ucray.codec.tracer import TracerNetwork
 from ucray.codec.weights import Weights
 from ucray.grid import Box, Shape3
 from ucray.storage.archive import ArchiveSettings
@@ -22,11 +24,12 @@ from ucray.storage.shard import ShardStatistics, assemble, commit, committed
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What an encoder needs: the archive's settings, full weights, where to compute."""
+    """What an encoder needs: the archive's settings, full weights, where to compute; a tracer, if any."""
 
     settings: ArchiveSettings
     weights: bytes
     device: str = "auto"
+    tracer: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class ShardEncoder:
             device=device,
             max_error=job.settings.max_error,
         )
+        self._tracer = None if job.tracer is None else TracerNetwork.from_bytes(job.tracer).to(device)
 
     def drafts(
         self, index: Shape3, voxels: npt.NDArray[np.generic], weights: Importance | None = None
@@ -75,8 +79,19 @@ class ShardEncoder:
             inside = box.shifted((-corner[0], -corner[1], -corner[2]))
             chunks.append(voxels[inside.slices])
             origins.append(origin)
-            importance.append(None if weights is None else self._importance(weights, inside))
+            if self._tracer is not None:
+                importance.append(self._seen(voxels, inside))
+            else:
+                importance.append(None if weights is None else self._importance(weights, inside))
         return self._encoder.drafts(chunks, self._settings.quality, origins, importance)
+
+    def _seen(self, voxels: npt.NDArray[np.generic], box: Box) -> ChunkImportance | None:
+        """What a tracer sees of a chunk; of one that is nothing but fill it is not asked."""
+        assert self._tracer is not None
+        if fill_mask(voxels[box.slices], self._settings.chunk_format.fill_value).all():
+            return None
+        weights = self._encoder.sensitivity.seen_by(self._tracer, voxels, box)
+        return ChunkImportance.of_latents(weights, self._settings.importance_mean)
 
     def _importance(self, weights: Importance, box: Box) -> ChunkImportance:
         settings, cell = self._settings, self._cell

@@ -114,19 +114,19 @@ class ChunkEncoder:
         self._max_error = max_error
         self._reference = None if max_error is None else weights.reference
         self._digest = weights.stream_digest
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         entries = weights.stream.context.codebook.astype(np.float32) / FEATURE_UNITS
-        self._codebook = torch.from_numpy(entries.astype(np.float32)).to(self._device)
+        self._codebook = torch.from_numpy(entries.astype(np.float32)).to(self.device)
         self._analysis = analysis_of(weights.config)
         load_network(weights, "analysis", self._analysis)
-        self._analysis = ready(self._analysis, self._device)
+        self._analysis = ready(self._analysis, self.device)
 
     def latents(self, chunks: Sequence[Voxels], qualities: Sequence[int]) -> list[Latents]:
         """Run the analysis on chunks (z, y, x), cut off by the volume's end or not, each at its quality."""
-        with one_thread(self._device):
+        with one_thread(self.device):
             return [
                 latents
-                for batch in batches(list(zip(chunks, qualities, strict=True)), self._device)
+                for batch in batches(list(zip(chunks, qualities, strict=True)), self.device)
                 for latents in self._latents_of(*batch)
             ]
 
@@ -139,8 +139,8 @@ class ChunkEncoder:
             values -= np.float32(self.format.offset)
             values /= np.float32(self.format.scale)
         with torch.inference_mode():
-            x = inpaint(torch.from_numpy(values).to(self._device), mask.to(self._device))
-            qualities = torch.tensor([float(quality) for _, quality in full], device=self._device)
+            x = inpaint(torch.from_numpy(values).to(self.device), mask.to(self.device))
+            qualities = torch.tensor([float(quality) for _, quality in full], device=self.device)
             y, z = self._analysis(channels_last(x), qualities)
             chosen = quantise_codes(self._codebook, z)
             if self._reference is None:
@@ -184,7 +184,7 @@ class ChunkEncoder:
 
     def drafts_at(self, prepared: Sequence[Prepared], quality: int) -> list[Draft | None]:
         """Drafts of prepared chunks at a quality of the volume, with their errors."""
-        with one_thread(self._device):
+        with one_thread(self.device):
             return self._drafts_at(prepared, quality)
 
     def _drafts_at(self, prepared: Sequence[Prepared], quality: int) -> list[Draft | None]:
@@ -204,7 +204,7 @@ class ChunkEncoder:
 
     def size_at(self, prepared: Sequence[Prepared], quality: int) -> int:
         """Bytes that prepared chunks take at a quality, without decoding them."""
-        with one_thread(self._device):
+        with one_thread(self.device):
             return self._size_at(prepared, quality)
 
     def _size_at(self, prepared: Sequence[Prepared], quality: int) -> int:

@@ -24,6 +24,9 @@ Weights = npt.NDArray[np.float32]
 LARGEST_WEIGHT = 64.0
 """Weights are used up to this, and down to its inverse, of the mean over the volume."""
 
+LEAST_SEEN = 0.125
+"""Least weight of a latent, of the mean: what a tracer hardly sees now it may when all has changed."""
+
 LEADING = 32
 """Latents of which a chunk's level is the mean: others are zero at most qualities."""
 
@@ -44,12 +47,16 @@ class ChunkImportance:
         """From weights (z, y, x) of those cells of a chunk that are in the volume, and the volume's mean."""
         missing = [(0, c // s - n) for n, c, s in zip(weights.shape, chunk, cell, strict=True)]
         weights = np.pad(weights, missing, mode="edge")
-        return cls.of_latents(weights[..., None], mean)
+        return cls._relative(weights[..., None], mean, 1.0 / LARGEST_WEIGHT)
 
     @classmethod
     def of_latents(cls, weights: Weights, mean: float) -> ChunkImportance:
         """From weights (z, y, x, latents) of all cells of a chunk, and the volume's mean."""
-        relative = np.clip(weights / np.float32(mean), 1.0 / LARGEST_WEIGHT, LARGEST_WEIGHT)
+        return cls._relative(weights, mean, LEAST_SEEN)
+
+    @classmethod
+    def _relative(cls, weights: Weights, mean: float, least: float) -> ChunkImportance:
+        relative = np.clip(weights / np.float32(mean), least, LARGEST_WEIGHT)
         level = float(relative[..., :LEADING].mean())
         return cls(quality_shift(level), (relative / np.float32(level)).astype(np.float32))
 

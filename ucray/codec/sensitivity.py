@@ -2,12 +2,13 @@
 
 ::
 
-    gradients --analysis--> what a latent changes, draw by draw --mean of squares--> weights of latents
+    gradients --analysis--> what a latent changes, draw by draw --root of mean square--> weights of latents
 
 A network's outputs, each divided by its deviation and with a random sign, are one number; its gradient is
 along a latent what the latent's error changes, and the square's mean over signs is the sum over all outputs
 (Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix"). With outputs that are
-probabilities this is their Fisher information, which says how far small errors move them.
+probabilities this is their Fisher information, which says how far small errors move them. Weights are its
+roots, as few draws say little of one latent.
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ import torch
 
 from ucray.codec.importance import Weights
 from ucray.codec.linear import LinearAnalysis
-from ucray.grid import Shape3
+from ucray.codec.threads import one_thread
+from ucray.codec.tracer import TracerNetwork
+from ucray.grid import Box, Shape3
 
 Gradients = npt.NDArray[np.float32]
 """Of one number for each draw of signs, along voxels: (draws, z, y, x)."""
+
+DRAWS = 8
+"""Of signs, by which a worker is told what errors weigh: each takes a network's way back."""
+
+SEED = 0
 
 NOISE_CHUNKS = 8
 """Chunks of noise by which the sizes of latents are measured."""
@@ -43,8 +51,13 @@ class Sensitivity:
         """
         missing = [(0, c - n) for n, c in zip(gradients.shape[1:], self._chunk, strict=True)]
         whole = np.pad(gradients, [(0, 0), *missing])
-        found: Weights = self._squares(torch.from_numpy(whole)[:, None]) / self._size
+        found: Weights = np.sqrt(self._squares(torch.from_numpy(whole)[:, None]) / self._size)
         return found
+
+    def seen_by(self, tracer: TracerNetwork, voxels: npt.NDArray[np.generic], box: Box) -> Weights:
+        """Weights (z, y, x, latents) of a chunk in a box of voxels (z, y, x), which are seen around it."""
+        with one_thread(next(self._analysis.parameters()).device):
+            return self.of(tracer.gradients(voxels, box, draws=DRAWS, seed=SEED))
 
     def _squares(self, gradients: torch.Tensor) -> Weights:
         with torch.inference_mode():

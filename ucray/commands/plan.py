@@ -25,6 +25,7 @@ from ucray.arguments import (
     Select,
     Shard,
     Source,
+    TracedBy,
     Tracers,
     WeightsName,
     Workers,
@@ -53,6 +54,7 @@ def plan(
     shard: Shard = None,
     roi: Roi = None,
     importance: Importance = None,
+    traced_by: TracedBy = None,
     memory: Memory = None,
     workers: Workers = None,
     device: Device = "auto",
@@ -121,6 +123,7 @@ def plan(
         shard=shard,
         roi=roi,
         importance=importance,
+        traced_by=traced_by,
         memory=memory,
     )
     prices = {"gb_month": gb_month, "thousand_puts": thousand_puts, "thousand_gets": thousand_gets}

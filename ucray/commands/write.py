@@ -29,6 +29,7 @@ from ucray.arguments import (
     Serial,
     Shard,
     Source,
+    TracedBy,
     WeightsName,
     WorkerCpus,
     Workers,
@@ -174,6 +175,7 @@ def compress(
     shard: Shard = None,
     roi: Roi = None,
     importance: Importance = None,
+    traced_by: TracedBy = None,
     levels: Levels = 0,
     memory: Memory = None,
     metrics_port: MetricsPort = None,
@@ -213,6 +215,7 @@ def compress(
         shard=shard,
         roi=roi,
         importance=importance,
+        traced_by=traced_by,
         levels=levels,
         memory=memory,
     )

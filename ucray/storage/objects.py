@@ -52,6 +52,14 @@ def open_objects(url: str, endpoint_url: str | None = None) -> Objects:
     raise SettingsError(f"{url} cannot be written to; give a local path or an s3:// URL")
 
 
+def object_at(place: str, endpoint_url: str | None) -> tuple[Objects, str]:
+    """The folder of an object and its name there."""
+    folder, _, name = place.rstrip("/").rpartition("/")
+    if not name or (place.startswith("s3://") and folder in ("s3:/", "s3:")):
+        raise SettingsError(f"{place} names no object")
+    return open_objects(folder or ("/" if place.startswith("/") else str(Path.cwd())), endpoint_url), name
+
+
 def open_store(url: str, endpoint_url: str | None = None) -> Store:
     """A read-only zarr store under a local path, file://, s3:// or http(s):// URL."""
     scheme, place = _parsed(url)

@@ -1,0 +1,263 @@
+"""A tracer: what it sees of errors says where a job's bits go; it is data, and damaged ones are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from ucray import CompressOptions, RunOptions, compress, synth
+from ucray.bench import crops
+from ucray.cli import app
+from ucray.cluster.options import options_from
+from ucray.cluster.plan import TRACER_MEMORY, plan_compress
+from ucray.cluster.tracing import Tracing, teach
+from ucray.codec import tracer
+from ucray.codec.shipped import shipped_weights
+from ucray.codec.tracer import MembraneNetwork, Normaliser, TracerNetwork, sign_gradients
+from ucray.errors import DestinationError, SettingsError, WeightsError
+from ucray.grid import Box
+from ucray.storage.tracer import StoredTracer
+from ucray.storage.volume import open_volume
+
+SHAPE = (64, 128, 128)
+SERIAL = RunOptions(serial=True)
+
+
+def network_of(seed: int = 0, *, flat: bool = False) -> MembraneNetwork:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MembraneNetwork(flat=flat).eval().requires_grad_(False)
+
+
+def tracer_of(seed: int = 0) -> TracerNetwork:
+    return TracerNetwork(network_of(seed), Normaliser(128.0, 40.0))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_file_gives_back_what_was_written(flat: bool) -> None:
+    written = TracerNetwork(network_of(3, flat=flat), Normaliser(100.5, 31.25))
+    read = TracerNetwork.from_bytes(written.to_bytes())
+    assert (read.normaliser, read.network.flat) == (written.normaliser, flat)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 1, 16, 16, 16), np.float32))
+    assert torch.equal(read.network(x), written.network(x))
+
+
+FILE = tracer_of().to_bytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, len(FILE) - 1))
+def test_a_file_that_ends_early_is_refused(length: int) -> None:
+    with pytest.raises(WeightsError, match="no tracer, or a damaged one"):
+        TracerNetwork.from_bytes(FILE[:length])
+
+
+def test_files_of_something_else_are_refused() -> None:
+    with pytest.raises(WeightsError, match="no tracer, or a damaged one"):
+        TracerNetwork.from_bytes(shipped_weights("em-fib-v14").to_bytes())
+    first = tracer_of()
+    for offset, scale in ((np.nan, 1.0), (0.0, 0.0), (0.0, -1.0), (0.0, np.inf)):
+        with pytest.raises(WeightsError, match="units"):
+            TracerNetwork.from_bytes(TracerNetwork(first.network, Normaliser(offset, scale)).to_bytes())
+    other = tracer_of()
+    next(other.network.parameters())[0] = float("nan")
+    with pytest.raises(WeightsError, match="no number"):
+        TracerNetwork.from_bytes(other.to_bytes())
+    head = FILE.replace(b'"flat": false', b'"flat": true ').replace(
+        b'\\"flat\\": false', b'\\"flat\\": true '
+    )
+    assert head != FILE
+    with pytest.raises(WeightsError, match="missing or misshapen"):
+        TracerNetwork.from_bytes(head)
+
+
+def test_a_box_is_seen_with_what_lies_around_it() -> None:
+    """Its gradients are those of the whole, of which they are cut, as far as the network sees."""
+    seen = tracer_of()
+    voxels = np.random.default_rng(0).normal(128, 40, (16, 80, 80)).astype(np.float32)
+    box = Box((0, 16, 24), (16, 48, 56))
+    found = seen.gradients(voxels, box, draws=2, seed=0)
+    assert found.shape == (2, *box.shape)
+    around = Box((0, 0, 8), (16, 64, 72))
+    same = seen.gradients(voxels[around.slices], box.relative_to(around), draws=2, seed=0)
+    np.testing.assert_array_equal(found, same)
+    # What there is around a box changes what is said of it.
+    alone = seen.gradients(voxels[box.slices], Box((0, 0, 0), box.shape), draws=2, seed=0)
+    assert np.abs(alone - found).max() > 0.0
+
+
+def test_what_is_no_number_hides_nothing_else() -> None:
+    seen = tracer_of()
+    voxels = np.random.default_rng(0).normal(128, 40, (16, 16, 16)).astype(np.float32)
+    voxels[0, 0, :3] = np.nan, np.inf, 3e38
+    found = seen.gradients(voxels, Box((0, 0, 0), voxels.shape), draws=1, seed=0)
+    assert np.isfinite(found).all()
+    assert np.abs(found).max() > 0.0
+
+
+def test_gradients_do_not_depend_on_how_a_box_is_cut_into_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sign for each voxel's probability would: a tile draws its own. Where only one is left, nothing."""
+    voxels = np.random.default_rng(0).standard_normal((16, 40, 16)).astype(np.float32)
+    everything = Box((0, 0, 0), (16, 40, 16))
+    network = network_of()
+    strength = []
+    for tile in ((80, 80, 80), (16, 16, 16)):
+        monkeypatch.setattr(tracer, "TILE", tile)
+        found = sign_gradients(network, voxels, everything, draws=64, seed=0)
+        strength.append(np.square(found).mean())
+    # A mean over 10 000 voxels of 64 squares each.
+    assert strength[1] == pytest.approx(strength[0], rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A volume, and a tracer that has begun to learn which of its voxels are dark."""
+    place = tmp_path_factory.mktemp("tracer")
+    synth(str(place / "em.zarr"), SHAPE, seed=4)
+    original: Any = zarr.open_group(place / "em.zarr", mode="r")["0"]
+    zarr.create_array(place / "labels.zarr", data=(original[:] > 110).astype(np.uint8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crops, "CROP", 24**3)
+        tracing = Tracing(str(place / "em.zarr"), str(place / "labels.zarr"), (0,), network_steps=60)
+        teach(tracing, str(place / "tracer.safetensors"))
+    (place / "other.safetensors").write_bytes(tracer_of(1).to_bytes())
+    return place
+
+
+def options(folder: Path, **others: Any) -> CompressOptions:
+    values: dict[str, Any] = {"ratio": 64.0, "shard": "64,64,64"}
+    values["traced_by"] = str(folder / "tracer.safetensors")
+    return options_from(**values | others)
+
+
+def moved(folder: Path, archive: str) -> float:
+    """The mean of dp^2 / (p (1 - p)) over what the tracer finds in the original, and in an archive of it."""
+    original: Any = zarr.open_group(folder / "em.zarr", mode="r")["0"]
+    decoded: Any = zarr.open_group(folder / archive, mode="r")["0"]
+    seen = TracerNetwork.from_bytes((folder / "tracer.safetensors").read_bytes())
+    with torch.inference_mode():
+        before, after = (
+            seen.network(torch.from_numpy(seen.normaliser.normalised(one[:]))[None, None]).sigmoid().double()
+            for one in (original, decoded)
+        )
+    return float(((after - before) ** 2 / (before * (1 - before))).mean())
+
+
+def test_a_job_moves_what_the_tracer_finds_less_at_the_ratio_asked_for(folder: Path) -> None:
+    source = str(folder / "em.zarr")
+    seen = compress(source, str(folder / "seen"), options(folder), run_options=SERIAL)
+    plain = compress(source, str(folder / "plain"), options(folder, traced_by=None), run_options=SERIAL)
+    assert seen.ratio == pytest.approx(64.0, rel=0.03)
+    assert plain.ratio == pytest.approx(64.0, rel=0.03)
+    assert moved(folder, "seen") < 0.9 * moved(folder, "plain")
+    assert seen.psnr is not None
+    assert plain.psnr is not None
+    assert seen.psnr < plain.psnr
+    told = json.loads((folder / "seen" / "zarr.json").read_text())["attributes"]
+    assert told["ucray"]["importance"].endswith("tracer.safetensors")
+    assert f"--traced-by {folder / 'tracer.safetensors'}" in told["provenance"]["command"]
+
+
+def test_ray_gives_the_bytes_of_the_serial_way(folder: Path) -> None:
+    for name, how in (("serial", SERIAL), ("ray", RunOptions())):
+        compress(str(folder / "em.zarr"), str(folder / name), options(folder), run_options=how)
+    names = sorted(path.relative_to(folder / "ray") for path in (folder / "ray").rglob("*") if path.is_file())
+    assert len(names) == 2 + 2 * 4
+    for path in names:
+        assert (folder / "ray" / path).read_bytes() == (folder / "serial" / path).read_bytes()
+
+
+def test_another_tracer_is_another_job(folder: Path) -> None:
+    source, archive = str(folder / "em.zarr"), str(folder / "first")
+    compress(source, archive, options(folder), run_options=SERIAL)
+    other = options(folder, traced_by=str(folder / "other.safetensors"))
+    with pytest.raises(DestinationError):
+        compress(source, archive, other, run_options=SERIAL)
+
+
+def test_a_tracer_that_changes_while_a_job_runs_is_noticed(tmp_path: Path) -> None:
+    place = tmp_path / "tracer.safetensors"
+    place.write_bytes(FILE)
+    stored = StoredTracer.open(str(place), None)
+    assert stored.read() == FILE
+    place.write_bytes(tracer_of(1).to_bytes())
+    with pytest.raises(WeightsError, match="has changed"):
+        stored.read()
+
+
+def test_what_serves_for_nothing_is_refused_before_anything_is_written(folder: Path) -> None:
+    zarr.create_array(folder / "map.zarr", data=np.ones(SHAPE, np.uint8))
+    (folder / "cut.safetensors").write_bytes(FILE[:1000])
+    archive = folder / "none"
+
+    def attempt(**wrong: Any) -> None:
+        compress(str(folder / "em.zarr"), str(archive), options(folder, **wrong), run_options=SERIAL)
+
+    with pytest.raises(SettingsError, match="give one of them"):
+        attempt(importance=str(folder / "map.zarr"))
+    with pytest.raises(SettingsError, match="--traced-by spreads errors"):
+        attempt(ratio=None, max_error=3.0)
+    with pytest.raises(WeightsError, match="damaged"):
+        attempt(traced_by=str(folder / "cut.safetensors"))
+    with pytest.raises(WeightsError, match="there is no tracer at"):
+        attempt(traced_by=str(folder / "nowhere.safetensors"))
+    assert not archive.exists()
+
+
+def test_a_plan_has_room_for_the_tracer(folder: Path) -> None:
+    volume = open_volume(str(folder / "em.zarr"), None, None)
+    config = shipped_weights("em-fib-v14").config
+    stored = StoredTracer.open(str(folder / "tracer.safetensors"), None)
+    plain, traced = (plan_compress(volume, config, CompressOptions(), None, one) for one in (None, stored))
+    assert traced.peak_memory == plain.peak_memory + TRACER_MEMORY
+    tight = options_from(memory=str(traced.peak_memory - 1), shard="64,128,128")
+    with pytest.raises(SettingsError, match="largest that fits is 64,64,64"):
+        plan_compress(volume, config, tight, None, stored)
+
+
+def test_weights_with_an_analysis_of_networks_are_refused(folder: Path) -> None:
+    volume = open_volume(str(folder / "em.zarr"), None, None)
+    stored = StoredTracer.open(str(folder / "tracer.safetensors"), None)
+    with pytest.raises(SettingsError, match="not"):
+        plan_compress(volume, TINY, CompressOptions(), None, stored)
+
+
+def test_a_tracer_learns_from_labels(folder: Path) -> None:
+    original: Any = zarr.open_group(folder / "em.zarr", mode="r")["0"]
+    taught = TracerNetwork.from_bytes((folder / "tracer.safetensors").read_bytes())
+    seen = torch.from_numpy(taught.normaliser.normalised(original[:]))[None, None]
+    with torch.inference_mode():
+        logits = taught.network(seen)[0, 0].numpy()
+    dark = original[:] <= 110
+    assert logits[dark].mean() > logits[~dark].mean() + 0.5
+
+
+def test_the_command_line_teaches_a_tracer_and_plans_with_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crops, "CROP", 16**3)
+    made = folder / "taught.safetensors"
+    teaching = ["tracer", str(folder / "em.zarr"), str(made), "--labels", str(folder / "labels.zarr")]
+    teaching += ["--membrane", "0", "--network-steps", "2", "--json"]
+    result = CliRunner().invoke(app, teaching)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["bytes"] == made.stat().st_size
+    TracerNetwork.from_bytes(made.read_bytes())
+    # What is there is not written over, and that is said before anything is learnt.
+    tracing = Tracing(str(folder / "em.zarr"), str(folder / "labels.zarr"), (0,), network_steps=10**9)
+    with pytest.raises(DestinationError, match="exists"):
+        teach(tracing, str(made))
+    planned = ["plan", str(folder / "em.zarr"), str(folder / "planned"), "--traced-by", str(made), "--json"]
+    result = CliRunner().invoke(app, planned)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["traced_by"] == str(made)
