@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -24,12 +25,17 @@ from ucray.bench.run import Bench, Point, codec_names, run_bench
 from ucray.bench.samples import Samples
 from ucray.cli import app
 from ucray.cluster.benchmark import bench
+from ucray.codec.chunk import ChunkFormat, normalisation
+from ucray.codec.encoder import ChunkEncoder
+from ucray.codec.importance import LEADING, ChunkImportance
 from ucray.codec.rate import CHUNK_OVERHEAD
 from ucray.codec.shipped import shipped_weights
+from ucray.codec.steering import Steering, View
+from ucray.codec.tracer import MembraneNetwork, Normaliser, TracerNetwork
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError, WeightsError
-from ucray.grid import blocks, triple
-from ucray.quality import ErrorSum, SeamSum
+from ucray.grid import Box, blocks, triple
+from ucray.quality import SeamSum
 from ucray.synthetic import synthetic_volume
 
 POINT = Point("x", "volume", 0.0, 16.0, 30.0, 0.5, 1.0, 1.0, "1", 1.0, 1.0)
@@ -139,23 +145,33 @@ def test_ucray_s_bytes_are_those_that_decode(tiny_weights: Weights, volume: Voxe
     np.testing.assert_array_equal(again, decoded)
 
 
-def test_bits_go_where_gradients_are() -> None:
-    """Gradients of noise on one side of a volume weigh as much as they are strong there."""
+def test_each_half_is_steered_by_its_tracer() -> None:
+    """A chunk has the bytes that steering gives it by the tracer where its middle is."""
     chunk, weights = (64, 64, 64), shipped_weights("em-fib-v14")
-    whole = synthetic_volume(chunk, 3, padding=0)
-    gradients = np.random.default_rng(0).standard_normal((4, *chunk), np.float32)
-    gradients[:, :32] *= 3.0
+    whole = synthetic_volume((64, 64, 128), 3, padding=0)
+    places = Box((0, 0, 0), (64, 64, 60)), Box((0, 0, 60), (64, 64, 128))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        networks = [MembraneNetwork(flat=False).eval().requires_grad_(False) for _ in places]
+    tracers = [TracerNetwork(network, Normaliser.of(whole)) for network in networks]
+    with VolumeCodec(whole, weights, chunk, 0.0, list(zip(places, tracers, strict=True))) as codec:
+        coded = codec.encode(110)
+        assert whole.nbytes / codec.encode(codec.quality_for(40)).nbytes == pytest.approx(40, rel=0.06)
 
-    def errors(importance: npt.NDArray[np.float32] | None) -> list[float]:
-        with VolumeCodec(whole, weights, chunk, 0.0, importance) as codec:
-            coded = codec.encode(codec.quality_for(40))
-            decoded = codec.decode(coded)
-        assert whole.nbytes / coded.nbytes == pytest.approx(40, rel=0.05)
-        return [ErrorSum.between(whole[part], decoded[part]).mse for part in (slice(32), slice(32, 64))]
-
-    plain, weighed = errors(None), errors(gradients)
-    assert weighed[0] < plain[0]
-    assert weighed[1] > plain[1]
+    encoder = ChunkEncoder(weights, ChunkFormat(chunk, "uint8", 0.0, *normalisation([whole], 0.0)))
+    steering = [Steering(encoder, tracer) for tracer in tracers]
+    boxes = list(blocks((64, 64, 128), chunk))
+    views = []
+    for box, by in zip(boxes, steering, strict=True):
+        around = View.around(box, Box((0, 0, 0), (64, 64, 128)))
+        views.append(by.view(whole[around.slices], box.relative_to(around)))
+    mean = float(np.mean([view.weights[..., :LEADING] for view in views]))
+    for data, box, by, view in zip(coded.chunks, boxes, steering, views, strict=True):
+        weighed = ChunkImportance.of_latents(view.weights, mean)
+        (prepared,) = encoder.prepare([whole[box.slices]], None, [weighed])
+        (draft,) = encoder.drafts_at([by.steered(prepared, view, 110, mean)], 110)
+        assert encoder.pack(draft).data == data
+        assert encoder.pack(encoder.drafts_at([prepared], 110)[0]).data != data
 
 
 def test_a_run_measures_ours_and_theirs(tiny_weights: Weights, volume: Voxels) -> None:

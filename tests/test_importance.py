@@ -145,7 +145,7 @@ def test_latents_weigh_by_what_a_network_sees_of_them(encoder: ChunkEncoder) -> 
         assert found.argmax() == np.ravel_multi_index((*cell, latent), found.shape)
     noise = np.random.default_rng(0).standard_normal((4, *encoder.format.shape), np.float32)
     # Means of 4 * 512 squares on either side of the division deviate by 3 %.
-    means = encoder.sensitivity.of(3.0 * noise).mean(axis=(0, 1, 2))
+    means = np.square(encoder.sensitivity.of(3.0 * noise)).mean(axis=(0, 1, 2))
     np.testing.assert_allclose(means, 9.0, rtol=0.2)
     # Beyond the volume's end there is no gradient; lapping reaches over a cell.
     cut = encoder.sensitivity.of(noise[:, :, :32])

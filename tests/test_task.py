@@ -197,7 +197,7 @@ def traced(known: Labelled) -> Traced:
 def test_codecs_are_compared_with_the_original(traced: Traced) -> None:
     scores = traced.scores
     assert traced.missing == {
-        TRACED: "only a network (--network-steps) says what an error changes",
+        TRACED: "only a network (--network-steps) can steer it",
         "jpegxl at 64": "no setting is so fine, or none so coarse",
     }
     by_name = {(s.codec, s.wanted, s.figure): s for s in scores}

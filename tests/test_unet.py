@@ -21,7 +21,8 @@ from ucray.bench.tissue import Finder, Lesson, Tracer, f1
 from ucray.bench.unet import NetworkFinder, NetworkSight
 from ucray.cli import app
 from ucray.codec import tracer
-from ucray.codec.tracer import MembraneNetwork
+from ucray.codec.tracer import MembraneNetwork, sign_gradients
+from ucray.grid import Box
 
 STEPS = 40
 
@@ -159,7 +160,12 @@ def test_gradients_say_how_far_errors_move_probabilities(monkeypatch: pytest.Mon
     assert isinstance(find, NetworkFinder)
     features = sight.features(known.voxels)
     draws = 150
-    whole = find.gradients(features, draws=draws, seed=0)
+
+    def gradients(draws: int, seed: int) -> npt.NDArray[np.float32]:
+        box = Box((0, 0, 0), (16, 32, 24))
+        return sign_gradients(find.network, features[..., 0], box, draws=draws, seed=seed)
+
+    whole = gradients(draws, 0)
     assert whole.shape == (draws, *known.voxels.shape)
     error = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal(features.shape[:3]), 1.5)
     error = (0.02 * error / error.std()).astype(np.float32)
@@ -174,11 +180,11 @@ def test_gradients_say_how_far_errors_move_probabilities(monkeypatch: pytest.Mon
     assert squares.mean() == pytest.approx(moved, rel=4 * np.sqrt(2 / draws) + 0.05)
 
     # Where tiles show all that the network sees, they say the same of it.
-    one, same, other = (find.gradients(features, draws=1, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (gradients(1, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
     monkeypatch.setattr(tracer, "TILE", (16, 16, 16))
-    tiled = find.gradients(features, draws=draws, seed=1)
+    tiled = gradients(draws, 1)
     strength = [np.square(found).mean(axis=0) for found in (whole, tiled)]
     assert np.corrcoef(*[ndimage.gaussian_filter(found, 2.0).reshape(-1) for found in strength])[0, 1] > 0.98
 

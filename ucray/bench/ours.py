@@ -8,12 +8,12 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.synchronize import Barrier
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.importance import LEADING, ChunkImportance, cell_means
 from ucray.codec.rate import CHUNK_OVERHEAD, finest_within
+from ucray.codec.steering import Steering, View
+from ucray.codec.tracer import TracerNetwork
 from ucray.codec.weights import Weights
 from ucray.grid import Box, Shape3, blocks, triple
 
@@ -50,11 +52,25 @@ class Coded:
         return sum(map(len, self.chunks)) + CHUNK_OVERHEAD * len(self.chunks)
 
 
+Weighed = npt.NDArray[np.floating] | Sequence[tuple[Box, TracerNetwork]]
+"""Weights of voxels' errors, or tracers and where they look."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk in a box of the volume, its importance, and which tracer steers it by what weights."""
+
+    box: Box
+    importance: ChunkImportance | None = None
+    tracer: int | None = None
+    weights: npt.NDArray[np.float32] | None = None
+
+
 class VolumeCodec:
     """Codes one volume (z, y, x) with given weights; to be used in a `with` statement.
 
-    `importance` (z, y, x) weighs the errors of its voxels; or else it holds gradients (draws, z, y, x), and
-    errors weigh by what they change in that of which these are.
+    `weighed` holds weights (z, y, x) of its voxels' errors; or else tracers and boxes, and chunks whose
+    middle is in one of these are weighed and steered by its tracer.
     """
 
     def __init__(
@@ -63,37 +79,54 @@ class VolumeCodec:
         weights: Weights,
         chunk: Shape3,
         fill_value: float,
-        importance: npt.NDArray[np.floating] | None = None,
+        weighed: Weighed | None = None,
     ) -> None:
         self.chunk = chunk
         offset, scale = normalisation([volume], fill_value)
         self._format = ChunkFormat(chunk, str(volume.dtype), fill_value, offset, scale)
         self._volume = volume
-        self._boxes = list(blocks(triple(iter(volume.shape)), chunk))
+        boxes = list(blocks(triple(iter(volume.shape)), chunk))
         # What is refused is refused here: a pool starts a process that cannot begin over and over.
         self._encoder = ChunkEncoder(weights, self._format)
-        self._importance: list[ChunkImportance | None] = [None] * len(self._boxes)
-        if importance is not None:
-            self._importance = [*self._weighed(importance, weights.config.latent_cell)]
+        self._chunks = [_Chunk(box) for box in boxes]
+        self._tracers: tuple[bytes, ...] = ()
+        self._mean = 1.0
+        if isinstance(weighed, np.ndarray):
+            mean, cell = float(weighed.mean()), weights.config.latent_cell
+            found = [
+                ChunkImportance.of(cell_means(weighed[b.slices], cell), mean, chunk, cell) for b in boxes
+            ]
+            self._chunks = [_Chunk(box, one) for box, one in zip(boxes, found, strict=True)]
+        elif weighed is not None:
+            self._tracers = tuple(tracer.to_bytes() for _, tracer in weighed)
+            places = [place for place, _ in weighed]
+            self._chunks = [_Chunk(box, tracer=_home(box, places)) for box in boxes]
         # What the processes must load and build is done before anything is timed.
         context = multiprocessing.get_context("spawn")
         ready = context.Barrier(PROCESSES + 1)
         # Decoded voxels go where this process finds them, as those of a cluster's workers go into an object.
         self._decoded = context.RawArray(ctypes.c_ubyte, volume.nbytes)
-        arguments = volume, self._decoded, weights.to_bytes(), self._format, ready
+        arguments = volume, self._decoded, weights.to_bytes(), self._format, self._tracers, ready
         self._pool = context.Pool(PROCESSES, _Worker.start, arguments)
         ready.wait()
+        if self._tracers:
+            self._look()
 
-    def _weighed(self, importance: npt.NDArray[np.floating], cell: Shape3) -> Iterator[ChunkImportance]:
-        if importance.ndim == 3:
-            mean = float(importance.mean())
-            for box in self._boxes:
-                yield ChunkImportance.of(cell_means(importance[box.slices], cell), mean, self.chunk, cell)
-            return
-        found = [self._encoder.sensitivity.of(importance[(slice(None), *box.slices)]) for box in self._boxes]
-        mean = float(np.mean([one[..., :LEADING] for one in found])) or 1.0
-        for one in found:
-            yield ChunkImportance.of_latents(one, mean)
+    def _look(self) -> None:
+        """Weigh every chunk by what its tracer sees."""
+        weights = self._shared(_Worker.look, self._chunks)
+        self._mean = float(np.mean([one[..., :LEADING] for one in weights])) or 1.0
+        self._chunks = [
+            replace(chunk, importance=ChunkImportance.of_latents(one, self._mean), weights=one)
+            for chunk, one in zip(self._chunks, weights, strict=True)
+        ]
+
+    def _shared(self, work: Callable[..., list[Any]], chunks: Sequence[_Chunk], *how: Any) -> list[Any]:
+        """What all processes together make of chunks, in their order."""
+        shares = self._pool.starmap(
+            work, [(chunks[n::PROCESSES], *how) for n in range(PROCESSES)], chunksize=1
+        )
+        return [shares[n % PROCESSES][n // PROCESSES] for n in range(len(chunks))]
 
     def __enter__(self) -> Self:
         return self
@@ -109,29 +142,36 @@ class VolumeCodec:
         encoder, prepared = self._searched
         raw = sum(one.voxels.nbytes for one in prepared)
 
-        def size_at(quality: int) -> float:
-            return encoder.size_at(prepared, quality) + CHUNK_OVERHEAD * len(prepared)
+        def searched(prepared: Sequence[Prepared]) -> int:
+            def size_at(quality: int) -> float:
+                return encoder.size_at(prepared, quality) + CHUNK_OVERHEAD * len(prepared)
 
-        return finest_within(size_at, raw / ratio)
+            return finest_within(size_at, raw / ratio)
+
+        quality = searched(prepared)
+        if not self._tracers:
+            return quality
+        # Steered chunks take a few more bytes; how they are steered hardly depends on the quality.
+        shifts = self._shared(_Worker.steer, self._sample, quality, self._mean)
+        return searched([replace(one, shift=shift) for one, shift in zip(prepared, shifts, strict=True)])
+
+    @property
+    def _sample(self) -> list[_Chunk]:
+        return self._chunks[:: max(1, len(self._chunks) // SEARCHED)]
 
     @cached_property
     def _searched(self) -> tuple[ChunkEncoder, list[Prepared]]:
         """An encoder, and the sample of the chunks."""
-        every = slice(None, None, max(1, len(self._boxes) // SEARCHED))
-        voxels = [self._volume[box.slices] for box in self._boxes[every]]
-        return self._encoder, self._encoder.prepare(voxels, None, self._importance[every])
+        voxels = [self._volume[chunk.box.slices] for chunk in self._sample]
+        return self._encoder, self._encoder.prepare(voxels, None, [one.importance for one in self._sample])
 
     def encode(self, quality: int) -> Coded:
         """All chunks."""
-        chunks = list(zip(self._boxes, self._importance, strict=True))
-        shares = self._pool.starmap(
-            _Worker.encode, [(chunks[n::PROCESSES], quality) for n in range(PROCESSES)], chunksize=1
-        )
-        return Coded(tuple(shares[n % PROCESSES][n // PROCESSES] for n in range(len(self._boxes))))
+        return Coded(tuple(self._shared(_Worker.encode, self._chunks, quality, self._mean)))
 
     def decode(self, coded: Coded, part: str = "student") -> Volume:
         """The volume back, with the student or the teacher."""
-        chunks = list(zip(self._boxes, coded.chunks, strict=True))
+        chunks = [(chunk.box, data) for chunk, data in zip(self._chunks, coded.chunks, strict=True)]
         self._pool.starmap(
             _Worker.decode, [(chunks[n::PROCESSES], part) for n in range(PROCESSES)], chunksize=1
         )
@@ -143,11 +183,19 @@ class _Worker:
 
     mine: ClassVar[_Worker]
 
-    def __init__(self, volume: Volume, decoded: Volume, weights: Weights, chunk: ChunkFormat) -> None:
+    def __init__(
+        self,
+        volume: Volume,
+        decoded: Volume,
+        weights: Weights,
+        chunk: ChunkFormat,
+        tracers: Sequence[bytes],
+    ) -> None:
         self._volume = volume
         self._decoded = decoded
         self._fill_value = chunk.fill_value
         self._encoder = ChunkEncoder(weights, chunk)
+        self._steering = [Steering(self._encoder, TracerNetwork.from_bytes(data)) for data in tracers]
         self._decoders = {
             part: ChunkDecoder(weights, chunk, part=part)
             for part in ("student", "teacher")
@@ -156,11 +204,17 @@ class _Worker:
 
     @classmethod
     def start(
-        cls, volume: Volume, decoded: Shared, weights: bytes, chunk: ChunkFormat, ready: Barrier
+        cls,
+        volume: Volume,
+        decoded: Shared,
+        weights: bytes,
+        chunk: ChunkFormat,
+        tracers: Sequence[bytes],
+        ready: Barrier,
     ) -> None:
         """Begin a process, which has one core to itself."""
         keep_freed_memory()
-        cls.mine = cls(volume, _voxels(decoded, volume), Weights.from_bytes(weights), chunk)
+        cls.mine = cls(volume, _voxels(decoded, volume), Weights.from_bytes(weights), chunk, tracers)
         # Much is loaded and compiled by the first chunk alone.
         first = cls.mine._encoder.encode(volume[tuple(slice(0, n) for n in chunk.shape)], WARMING).data
         for decoder in cls.mine._decoders.values():
@@ -168,13 +222,40 @@ class _Worker:
         ready.wait()
 
     @staticmethod
-    def encode(chunks: Sequence[tuple[Box, ChunkImportance | None]], quality: int) -> list[bytes]:
+    def look(chunks: Sequence[_Chunk]) -> list[npt.NDArray[np.float32]]:
+        """What the tracers see of some of the volume's chunks."""
+        return [_Worker.mine._view(chunk).weights for chunk in chunks]
+
+    @staticmethod
+    def steer(chunks: Sequence[_Chunk], quality: int, mean: float) -> list[npt.NDArray[np.float32] | None]:
+        """How latents of some of the volume's chunks are moved."""
+        return [_Worker.mine._prepared(chunk, quality, mean).shift for chunk in chunks]
+
+    @staticmethod
+    def encode(chunks: Sequence[_Chunk], quality: int, mean: float) -> list[bytes]:
         """Some of the volume's chunks."""
         mine = _Worker.mine
-        return [
-            mine._encoder.encode(mine._volume[box.slices], quality, None, importance).data
-            for box, importance in chunks
-        ]
+        coded = []
+        for chunk in chunks:
+            (draft,) = mine._encoder.drafts_at([mine._prepared(chunk, quality, mean)], quality)
+            coded.append(mine._encoder.pack(draft).data)
+        return coded
+
+    def _prepared(self, chunk: _Chunk, quality: int, mean: float) -> Prepared:
+        voxels = self._volume[chunk.box.slices]
+        (prepared,) = self._encoder.prepare([voxels], None, [chunk.importance])
+        if chunk.tracer is None:
+            return prepared
+        return self._steering[chunk.tracer].steered(prepared, self._view(chunk), quality, mean)
+
+    def _view(self, chunk: _Chunk) -> View:
+        """A chunk of a tracer, and what is seen around it."""
+        assert chunk.tracer is not None
+        around = View.around(chunk.box, Box((0, 0, 0), triple(iter(self._volume.shape))))
+        voxels, box = self._volume[around.slices], chunk.box.relative_to(around)
+        if chunk.weights is not None:
+            return View(voxels, box, chunk.weights)
+        return self._steering[chunk.tracer].view(voxels, box)
 
     @staticmethod
     def decode(chunks: Sequence[tuple[Box, bytes]], part: str) -> None:
@@ -189,3 +270,10 @@ class _Worker:
 def _voxels(memory: Shared, like: Volume) -> Volume:
     """Memory that processes share as a volume."""
     return np.frombuffer(memoryview(memory), like.dtype).reshape(like.shape)
+
+
+def _home(box: Box, places: Sequence[Box]) -> int:
+    """Which of some boxes the middle of a box is in."""
+    middle = triple((a + b) // 2 for a, b in zip(box.start, box.stop, strict=True))
+    point = Box(middle, triple(n + 1 for n in middle))
+    return next(n for n, place in enumerate(places) if place.common(point) == point)

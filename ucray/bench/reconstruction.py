@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
-from ucray.bench.ours import VolumeCodec
+from ucray.bench.ours import VolumeCodec, Weighed
 from ucray.bench.peers import PEERS, Peer
 from ucray.bench.run import OURS
 from ucray.bench.samples import Samples
@@ -31,18 +30,18 @@ def decoded_at(
     weights: Weights | None,
     chunk: Shape3,
     ratios: Sequence[float],
-    importance: npt.NDArray[np.floating] | None,
+    weighed: Weighed | None,
 ) -> Iterator[tuple[float, float, Volume]]:
     """Code a volume (z, y, x) with a codec that is there: ratio asked for, ratio, and what comes back.
 
     A peer is taken at its coarsest setting that spends no fewer bytes; what it cannot reach is left out.
-    `importance` (z, y, x), which ucray alone takes, are weights of squared errors.
+    Errors are `weighed` by ucray alone.
     """
     if name in PEERS:
         yield from _peer(PEERS[name], volume, chunk, ratios)
         return
     assert weights is not None
-    with VolumeCodec(volume, weights, chunk, math.nan, importance) as codec:
+    with VolumeCodec(volume, weights, chunk, math.nan, weighed) as codec:
         for wanted in ratios:
             coded = codec.encode(codec.quality_for(wanted))
             yield wanted, volume.nbytes / coded.nbytes, codec.decode(coded, OURS.get(name, "student"))

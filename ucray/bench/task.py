@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from ucray.bench.forest import ForestSight
 from ucray.bench.labelled import Labelled
+from ucray.bench.ours import Weighed
 from ucray.bench.outlines import Panel
 from ucray.bench.peers import PEERS
 from ucray.bench.reconstruction import decoded_at, missing_reason
 from ucray.bench.run import OURS
 from ucray.bench.tissue import Features, Labels, Lesson, Sight, Tracer, Volume, f1, information, rand_error
-from ucray.bench.unet import NetworkFinder, NetworkSight
-from ucray.codec.sensitivity import DRAWS
+from ucray.bench.unet import NetworkSight
+from ucray.codec.tracer import TracerNetwork
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
 from ucray.grid import Box, Shape3, blocks, triple
@@ -37,7 +38,7 @@ MEMBRANES = "ucray-membranes"
 """ucray with errors weighed by the membranes that the tracer finds in the original."""
 
 TRACED = "ucray-traced"
-"""ucray with errors weighed by what they change in the probabilities of the tracer."""
+"""ucray, steered by another network than those that trace, which learnt as they did."""
 
 MEMBRANE_GAIN = 8.0
 """How much more the error of a voxel weighs that is surely membrane than that of one that surely is none."""
@@ -113,7 +114,7 @@ def run_task(
     if unknown := sorted(set(chosen) - {*OURS, *PEERS, *WEIGHED}):
         raise SettingsError(f"--codecs {','.join(unknown)}: not known")
     watch("learning")
-    halves = _halves(task, given, tracers, network_steps)
+    halves = _halves(task, given, tracers, network_steps, guided=TRACED in chosen)
     voxels = given.voxels
     watch(ORIGINAL)
     before, shown = _looked_at(task, halves, voxels)
@@ -126,11 +127,11 @@ def run_task(
             missing[name] = reason
             continue
         if name == TRACED and not network_steps:
-            missing[name] = "only a network (--network-steps) says what an error changes"
+            missing[name] = "only a network (--network-steps) can steer it"
             continue
         weighed = WEIGHED.get(name)
-        importance = None if weighed is None else weighed(halves, voxels)
-        for wanted, ratio, decoded in decoded_at(name, voxels, weights, chunk, ratios, importance):
+        by = None if weighed is None else weighed(halves, voxels)
+        for wanted, ratio, decoded in decoded_at(name, voxels, weights, chunk, ratios, by):
             found, shown = _looked_at(task, halves, decoded)
             psnr = ErrorSum.between(voxels, decoded).psnr(data_range)
             scores += _scores(name, wanted, ratio, psnr, found, before)
@@ -143,12 +144,13 @@ def run_task(
 
 @dataclass(frozen=True)
 class _Half:
-    """One half of a volume, and tracers that learnt from the other."""
+    """One half of a volume, and tracers that learnt from the other; so did the `guide` that steers ucray."""
 
     box: Box
     known: Labelled
     sight: Sight
     tracers: tuple[Tracer, ...]
+    guide: TracerNetwork | None = None
 
     def of(self, volume: Volume) -> Volume:
         return volume[self.box.slices]
@@ -157,23 +159,31 @@ class _Half:
         return self.sight.features(self.of(volume))
 
 
-def _halves(task: str, given: Labelled, tracers: int, network_steps: int = 0) -> list[_Half]:
+def _halves(
+    task: str, given: Labelled, tracers: int, network_steps: int = 0, *, guided: bool = False
+) -> list[_Half]:
     shape = triple(iter(given.voxels.shape))
     middle = (0, shape[1] // 2, 0)
     boxes = Box((0, 0, 0), (shape[0], middle[1], shape[2])), Box(middle, shape)
     parts = [given.part(box) for box in boxes]
-    learnt = [_learnt(task, part, tracers, network_steps) for part in parts]
+    learnt = [_learnt(task, part, tracers, network_steps, guided=guided) for part in parts]
     return [_Half(box, part, *other) for box, part, other in zip(boxes, parts, learnt[::-1], strict=True)]
 
 
-def _learnt(task: str, part: Labelled, tracers: int, network_steps: int) -> tuple[Sight, tuple[Tracer, ...]]:
+def _learnt(
+    task: str, part: Labelled, tracers: int, network_steps: int, *, guided: bool
+) -> tuple[Sight, tuple[Tracer, ...], TracerNetwork | None]:
     sight: Sight = ForestSight.of(part.voxels, flat=part.flat)
     if network_steps:
         sight = NetworkSight.of(part.voxels, flat=part.flat, steps=network_steps)
     segments = part.segments if task == "segmentation" else None
     lesson = Lesson(sight.features(part.voxels), part.membrane, part.known, segments)
     seeds = range(SEED, SEED + tracers)
-    return sight, tuple(Tracer.trained(sight, lesson, seed=seed) for seed in seeds)
+    found = tuple(Tracer.trained(sight, lesson, seed=seed) for seed in seeds)
+    if not (guided and isinstance(sight, NetworkSight)):
+        return sight, found, None
+    guide = sight.taught(lesson, seed=SEED + tracers)
+    return sight, found, TracerNetwork(guide.network, sight.normaliser)
 
 
 def _looked_at(
@@ -200,18 +210,16 @@ def _membranes(halves: Sequence[_Half], volume: Volume) -> npt.NDArray[np.float3
     return weights
 
 
-def _gradients(halves: Sequence[_Half], volume: Volume) -> npt.NDArray[np.float32]:
-    """Gradients (draws, z, y, x) of what a tracer says of each half of the original."""
-    found = np.empty((DRAWS, *volume.shape), np.float32)
+def _guides(halves: Sequence[_Half], volume: Volume) -> list[tuple[Box, TracerNetwork]]:
+    """For each half of the original a network that none of its tracers has: what it says is not looked at."""
+    found = []
     for half in halves:
-        finder = half.tracers[0].membranes
-        assert isinstance(finder, NetworkFinder)
-        here = (slice(None), *half.box.slices)
-        found[here] = finder.gradients(half.features(volume), draws=DRAWS, seed=SEED)
+        assert half.guide is not None
+        found.append((half.box, half.guide))
     return found
 
 
-WEIGHED = {MEMBRANES: _membranes, TRACED: _gradients}
+WEIGHED: dict[str, Callable[[Sequence[_Half], Volume], Weighed]] = {MEMBRANES: _membranes, TRACED: _guides}
 """What errors weigh by, for those where not all weigh the same."""
 
 

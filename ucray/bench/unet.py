@@ -29,9 +29,7 @@ from ucray.codec.tracer import (
     Normaliser,
     fewer_bits,
     padded,
-    sign_gradients,
 )
-from ucray.grid import Box, triple
 
 APART_WEIGHT = 0.1
 """Of each pair of voxels apart in the loss, where membranes have 1."""
@@ -108,18 +106,12 @@ class NetworkSight:
 
 @dataclass(frozen=True)
 class NetworkFinder:
-    """Says how probably a voxel is membrane, and which errors of voxels change that."""
+    """Says how probably a voxel is membrane."""
 
     network: MembraneNetwork
 
     def __call__(self, features: Features) -> Probability:
         return _found(self.network, features[..., 0])
-
-    def gradients(self, features: Features, *, draws: int, seed: int) -> npt.NDArray[np.float32]:
-        """What `sign_gradients` says of all voxels."""
-        voxels = features[..., 0]
-        everywhere = Box((0, 0, 0), triple(iter(voxels.shape)))
-        return sign_gradients(self.network, voxels, everywhere, draws=draws, seed=seed)
 
 
 def _taught(network: TaughtNetwork, crops: Crops, steps: int, watch: Watch) -> MembraneNetwork:

@@ -76,13 +76,18 @@ def run_pilot(plan: CompressPlan, weights: Weights, device: str, listener: Liste
     encoder.encode(chunks[0], measured.quality, places[0])
     weighing = Weighing.of(plan, encoder)
     if weighing is not None:
-        weighing.weights(boxes[0])
+        weighing.look(boxes[0])
     started = time.perf_counter()
-    importance = [
-        None if weighing is None else weighing.importance(weighing.weights(box), measured.importance_mean)
-        for box in boxes
-    ]
-    drafts = encoder.drafts(chunks, measured.quality, places, importance)
+    prepared = encoder.prepare(chunks, places)
+    if weighing is not None:
+        mean = measured.importance_mean
+        looks = [weighing.look(box) for box in boxes]
+        prepared = [weighing.weighed(one, look, mean) for one, look in zip(prepared, looks, strict=True)]
+        prepared = [
+            weighing.steered(one, look, measured.quality, mean)
+            for one, look in zip(prepared, looks, strict=True)
+        ]
+    drafts = encoder.drafts_at(prepared, measured.quality)
     packed = [encoder.pack(draft) for draft in drafts]
     seconds = time.perf_counter() - started
     stored = [(one.data, place) for one, place in zip(packed, places, strict=True) if one.data]

@@ -10,12 +10,11 @@ import numpy.typing as npt
 
 from ucray.cluster.plan import CompressPlan, sample_chunk_boxes
 from ucray.cluster.telemetry import Event, Listener
-from ucray.cluster.weighing import Weighing
+from ucray.cluster.weighing import Look, Weighing
 from ucray.codec.chunk import ChunkFormat, normalisation
 from ucray.codec.decoder import device_for
 from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.fill import fill_mask
-from ucray.codec.importance import ChunkImportance
 from ucray.codec.rate import CHUNK_OVERHEAD, coarsest_reaching, finest_within
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
@@ -71,7 +70,8 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     """
     boxes = sample_chunk_boxes(plan.grid, SAMPLED_CHUNKS)
     steps = itertools.count(1)
-    total = (3 if plan.weighed_by else 2) * len(boxes)
+    # Chunks are read and prepared; by a map they are weighed too, by a tracer also steered.
+    total = (2 + bool(plan.weighed_by) + (plan.tracer is not None)) * len(boxes)
     samples = []
     for box in boxes:
         samples.append(plan.volume.read(plan.source_box(box)))
@@ -82,21 +82,20 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     chunk = ChunkFormat(plan.grid.chunk, volume.dtype, volume.fill_value, offset, scale)
     encoder = ChunkEncoder(weights, chunk, device=device_for(device), max_error=target.max_error)
     weighing = Weighing.of(plan, encoder)
-    importance: list[ChunkImportance | None] = [None] * len(boxes)
-    importance_mean = 1.0
-    if weighing is not None:
-        found = []
-        for box in boxes:
-            found.append(weighing.weights(box))
-            listener(Event("measure", next(steps), total))
-        importance_mean = weighing.mean(found)
-        importance = [weighing.importance(one, importance_mean) for one in found]
     prepared: list[Prepared] = []
-    for box, sample, weight in zip(boxes, samples, importance, strict=True):
+    for box, sample in zip(boxes, samples, strict=True):
         # A chunk says its place, and those bytes count too.
         place = triple(start // size for start, size in zip(box.start, plan.grid.chunk, strict=True))
-        prepared += encoder.prepare([sample], [place], [weight])
+        prepared += encoder.prepare([sample], [place])
         listener(Event("measure", next(steps), total))
+    looks: list[Look] = []
+    mean = 1.0
+    if weighing is not None:
+        for box in boxes:
+            looks.append(weighing.look(box))
+            listener(Event("measure", next(steps), total))
+        mean = weighing.mean(looks)
+        prepared = [weighing.weighed(one, look, mean) for one, look in zip(prepared, looks, strict=True)]
     share = plan.region.voxels / sum(box.voxels for box in boxes)
 
     overhead = plan.chunk_count * CHUNK_OVERHEAD + plan.shard_count * SHARD_OVERHEAD
@@ -120,22 +119,32 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
         sizes = {quality: bounded_bytes(quality) for quality in BOUNDED_QUALITIES}
         quality = min(sizes, key=sizes.__getitem__)
         bytes_out = sizes[quality] * share + overhead
-        return Measured(offset, scale, peak, quality, bytes_out, psnr(quality), importance_mean)
-    if target.psnr is not None:
-        quality = coarsest_reaching(psnr, target.psnr)
-    else:
-        wanted = plan.bytes_in / target.ratio
-        quality = finest_within(archive_bytes, wanted)
-        if target.asked and quality == 0 and (least := archive_bytes(0)) > RATIO_TOLERANCE * wanted:
-            masks = sum(len(one.draft.mask) for one in prepared if one.draft is not None) * share
-            hint = ""
-            if masks > LARGE_MASKS * least:
-                hint = f"; exact fill takes {masks / least:.0%} of that: --no-exact-fill does without"
-            raise SettingsError(
-                f"a ratio of {target.ratio:g} is out of reach: the coarsest quality gives "
-                f"{plan.bytes_in / least:.1f}{hint}"
-            )
-    return Measured(offset, scale, peak, quality, archive_bytes(quality), psnr(quality), importance_mean)
+        return Measured(offset, scale, peak, quality, bytes_out, psnr(quality), mean)
+
+    def quality_for_target() -> int:
+        if target.psnr is not None:
+            return coarsest_reaching(psnr, target.psnr)
+        return finest_within(archive_bytes, wanted)
+
+    wanted = plan.bytes_in / target.ratio
+    quality = quality_for_target()
+    if weighing is not None and plan.tracer is not None:
+        # Steered chunks take a few more bytes; how they are steered hardly depends on the quality.
+        for n, look in enumerate(looks):
+            prepared[n] = weighing.steered(prepared[n], look, quality, mean)
+            listener(Event("measure", next(steps), total))
+        quality = quality_for_target()
+    too_coarse = target.psnr is None and target.asked and quality == 0
+    if too_coarse and (least := archive_bytes(0)) > RATIO_TOLERANCE * wanted:
+        masks = sum(len(one.draft.mask) for one in prepared if one.draft is not None) * share
+        hint = ""
+        if masks > LARGE_MASKS * least:
+            hint = f"; exact fill takes {masks / least:.0%} of that: --no-exact-fill does without"
+        raise SettingsError(
+            f"a ratio of {target.ratio:g} is out of reach: the coarsest quality gives "
+            f"{plan.bytes_in / least:.1f}{hint}"
+        )
+    return Measured(offset, scale, peak, quality, archive_bytes(quality), psnr(quality), mean)
 
 
 def data_range(samples: list[npt.NDArray[np.generic]], dtype: str, fill_value: float) -> float:

@@ -3,59 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ucray.cluster.plan import CompressPlan
-from ucray.codec.encoder import ChunkEncoder
+from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.importance import LEADING, ChunkImportance, Weights
-from ucray.codec.tracer import SEEN, TracerNetwork
+from ucray.codec.steering import Steering, View
+from ucray.codec.tracer import TracerNetwork
 from ucray.errors import SettingsError
 from ucray.grid import Box, triple
 from ucray.storage.importance import ImportanceMap
 
+Look = Weights | View
+"""What weighs the errors of a chunk: a map's cells (z, y, x), or what a tracer sees."""
+
 
 @dataclass(frozen=True)
 class Weighing:
-    """Weights of chunks of a planned job's region, from its map or its tracer."""
+    """Weighs chunks of a planned job's region by its map, or weighs and steers them by its tracer."""
 
     plan: CompressPlan
-    encoder: ChunkEncoder
-    way: ImportanceMap | TracerNetwork
+    way: ImportanceMap | Steering
 
     @classmethod
     def of(cls, plan: CompressPlan, encoder: ChunkEncoder) -> Weighing | None:
         """As a job is planned; None where all errors weigh the same."""
         if plan.tracer is not None:
-            network = TracerNetwork.from_bytes(plan.tracer.read()).to(str(encoder.device))
-            return cls(plan, encoder, network)
-        return None if plan.importance is None else cls(plan, encoder, plan.importance)
+            return cls(plan, Steering(encoder, TracerNetwork.from_bytes(plan.tracer.read())))
+        return None if plan.importance is None else cls(plan, plan.importance)
 
-    def weights(self, box: Box) -> Weights:
-        """Weights of a chunk in `box` of the region: of its cells (z, y, x), or (z, y, x, latents)."""
+    def look(self, box: Box) -> Look:
+        """At a chunk in `box` of the region."""
         if isinstance(self.way, ImportanceMap):
             return self.way.cells(self.plan.source_box(box))
         grid = self.plan.grid
         # A worker holds one shard, and sees no voxels beyond it.
         index = triple(start // size for start, size in zip(box.start, grid.shard, strict=True))
-        around = box.grown(SEEN).common(grid.shard_box(index))
+        around = View.around(box, grid.shard_box(index))
         voxels = self.plan.volume.read(self.plan.source_box(around))
-        return self.encoder.sensitivity.seen_by(self.way, voxels, box.relative_to(around))
+        return self.way.view(voxels, box.relative_to(around))
 
-    def mean(self, weights: Sequence[Weights]) -> float:
+    def mean(self, looks: Sequence[Look]) -> float:
         """The mean weight of chunks; raises SettingsError if that is zero."""
-        leading = [one if one.ndim == 3 else one[..., :LEADING] for one in weights]
-        mean = float(f"{np.concatenate([one.reshape(-1) for one in leading]).mean():.6g}")
+        weights = [look.weights[..., :LEADING] if isinstance(look, View) else look for look in looks]
+        mean = float(f"{np.concatenate([one.reshape(-1) for one in weights]).mean():.6g}")
         if mean == 0.0:
-            plan = self.plan
-            asked = "" if plan.importance is None else f"--importance {plan.importance.weights.url}"
-            asked = asked if plan.tracer is None else f"--traced-by {plan.tracer.url}"
-            raise SettingsError(f"{asked} is zero wherever it was looked at")
+            option = "--importance" if self.plan.tracer is None else "--traced-by"
+            raise SettingsError(f"{option} {self.plan.weighed_by} is zero wherever it was looked at")
         return mean
 
-    def importance(self, weights: Weights, mean: float) -> ChunkImportance:
-        """What a chunk of these weights changes where the volume's mean is `mean`."""
-        if isinstance(self.way, ImportanceMap):
-            return ChunkImportance.of(weights, mean, self.plan.grid.chunk, self.way.cell)
-        return ChunkImportance.of_latents(weights, mean)
+    def weighed(self, prepared: Prepared, look: Look, mean: float) -> Prepared:
+        """A prepared chunk with its importance where the volume's mean weight is `mean`."""
+        if isinstance(look, View):
+            return replace(prepared, importance=ChunkImportance.of_latents(look.weights, mean))
+        assert isinstance(self.way, ImportanceMap)
+        found = ChunkImportance.of(look, mean, self.plan.grid.chunk, self.way.cell)
+        return replace(prepared, importance=found)
+
+    def steered(self, prepared: Prepared, look: Look, quality: int, mean: float) -> Prepared:
+        """A weighed chunk as a worker codes it at the volume's quality: steered, if a tracer looks at it."""
+        if isinstance(look, View):
+            assert isinstance(self.way, Steering)
+            return self.way.steered(prepared, look, quality, mean)
+        return prepared

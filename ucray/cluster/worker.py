@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.decoder import device_for
-from ucray.codec.encoder import ChunkEncoder, Draft, Packed, pack
-from ucray.codec.fill import fill_mask
+from ucray.codec.encoder import ChunkEncoder, Draft, Packed, Prepared, pack
 from ucray.codec.importance import ChunkImportance
 from ucray.codec.importance import Weights as Importance
+from ucray.codec.steering import Steering, View
 from ucray.codec.tracer import TracerNetwork
 from ucray.codec.weights import Weights
-from ucray.grid import Box, Shape3
+from ucray.grid import Box, Shape3, triple
 from ucray.storage.archive import ArchiveSettings
 from ucray.storage.objects import open_objects
 from ucray.storage.shard import ShardStatistics, assemble, commit, committed
@@ -62,7 +62,9 @@ class ShardEncoder:
             device=device,
             max_error=job.settings.max_error,
         )
-        self._tracer = None if job.tracer is None else TracerNetwork.from_bytes(job.tracer).to(device)
+        self._steering: Steering | None = None
+        if job.tracer is not None:
+            self._steering = Steering(self._encoder, TracerNetwork.from_bytes(job.tracer))
 
     def drafts(
         self, index: Shape3, voxels: npt.NDArray[np.generic], weights: Importance | None = None
@@ -71,27 +73,31 @@ class ShardEncoder:
 
         `weights` are those of the shard's latent cells, where some weigh more than others.
         """
-        grid = self._settings.grid
+        grid, quality = self._settings.grid, self._settings.quality
         corner = grid.shard_box(index).start
-        chunks, origins = [], []
-        importance: list[ChunkImportance | None] = []
+        prepared: list[Prepared] = []
+        drafts: list[Draft | None] = []
         for _, origin, box in grid.chunk_boxes(index):
             inside = box.shifted((-corner[0], -corner[1], -corner[2]))
-            chunks.append(voxels[inside.slices])
-            origins.append(origin)
-            if self._tracer is not None:
-                importance.append(self._seen(voxels, inside))
-            else:
-                importance.append(None if weights is None else self._importance(weights, inside))
-        return self._encoder.drafts(chunks, self._settings.quality, origins, importance)
+            importance = None if weights is None else self._importance(weights, inside)
+            prepared += self._encoder.prepare([voxels[inside.slices]], [origin], [importance])
+            if self._steering is not None:
+                # One by one: what steers a chunk takes more room than its voxels.
+                steered = self._steered(self._steering, prepared.pop(), voxels, inside)
+                drafts += self._encoder.drafts_at([steered], quality)
+        return drafts + self._encoder.drafts_at(prepared, quality)
 
-    def _seen(self, voxels: npt.NDArray[np.generic], box: Box) -> ChunkImportance | None:
-        """What a tracer sees of a chunk; of one that is nothing but fill it is not asked."""
-        assert self._tracer is not None
-        if fill_mask(voxels[box.slices], self._settings.chunk_format.fill_value).all():
-            return None
-        weights = self._encoder.sensitivity.seen_by(self._tracer, voxels, box)
-        return ChunkImportance.of_latents(weights, self._settings.importance_mean)
+    def _steered(
+        self, steering: Steering, prepared: Prepared, voxels: npt.NDArray[np.generic], box: Box
+    ) -> Prepared:
+        """A chunk, weighed and steered by what a tracer sees of it in its shard."""
+        if not prepared.neural:
+            return prepared
+        mean, quality = self._settings.importance_mean, self._settings.quality
+        around = View.around(box, Box((0, 0, 0), triple(iter(voxels.shape))))
+        view = steering.view(voxels[around.slices], box.relative_to(around))
+        weighed = replace(prepared, importance=ChunkImportance.of_latents(view.weights, mean))
+        return steering.steered(weighed, view, quality, mean)
 
     def _importance(self, weights: Importance, box: Box) -> ChunkImportance:
         settings, cell = self._settings, self._cell

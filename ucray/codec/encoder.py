@@ -75,13 +75,14 @@ class Prepared:
     """A chunk before any quality is chosen.
 
     `draft` is None where there is nothing but fill; `neural` says whether the networks are needed. Without
-    `importance` all errors weigh the same.
+    `importance` all errors weigh the same; a `shift` (z, y, x, latents) is added to latents before rounding.
     """
 
     voxels: Voxels
     draft: Draft | None
     neural: bool
     importance: ChunkImportance | None = None
+    shift: npt.NDArray[np.float32] | None = None
 
     def quality(self, quality: int) -> int:
         """The chunk's own quality where that of the volume is `quality`."""
@@ -292,11 +293,16 @@ class ChunkEncoder:
 
     def _quantised(self, prepared: Prepared, latents: Latents, quality: int) -> tuple[Symbols, CodedLatents]:
         # Values that are no numbers never leave: their draft is raw.
-        values = latents.values
+        values = latents.values if prepared.shift is None else latents.values + prepared.shift
         if not np.isfinite(values).all():
             values = np.nan_to_num(values, posinf=LARGEST_LATENT, neginf=-LARGEST_LATENT)
         weights = None if prepared.importance is None else prepared.importance.weights
         return self.stream.quantise(latents.codes, values, prepared.quality(quality), weights)
+
+    def decoded(self, prepared: Prepared, latents: Latents, quality: int) -> Voxels:
+        """What comes back of a prepared chunk's latents at a quality of the volume."""
+        (voxels,) = self.decoder.reconstruct([self._quantised(prepared, latents, quality)[1]])
+        return voxels
 
     def encode(
         self,

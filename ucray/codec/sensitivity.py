@@ -26,8 +26,8 @@ from ucray.grid import Box, Shape3
 Gradients = npt.NDArray[np.float32]
 """Of one number for each draw of signs, along voxels: (draws, z, y, x)."""
 
-DRAWS = 8
-"""Of signs, by which a worker is told what errors weigh: each takes a network's way back."""
+DRAWS = 2
+"""Of signs, by which errors are weighed: each takes a network's way back, and more say the same."""
 
 SEED = 0
 
@@ -58,6 +58,14 @@ class Sensitivity:
         """Weights (z, y, x, latents) of a chunk in a box of voxels (z, y, x), which are seen around it."""
         with one_thread(next(self._analysis.parameters()).device):
             return self.of(tracer.gradients(voxels, box, draws=DRAWS, seed=SEED))
+
+    def along(self, gradient: npt.NDArray[np.float32]) -> Weights:
+        """A gradient (z, y, x) of a chunk, or of what there is of it, along latents (z, y, x, latents)."""
+        missing = [(0, c - n) for n, c in zip(gradient.shape, self._chunk, strict=True)]
+        whole = torch.from_numpy(np.pad(gradient, missing))[None, None]
+        with torch.inference_mode():
+            along = self._analysis.latents(whole.to(next(self._analysis.parameters()).device))
+        return np.asarray(along[0].float().permute(1, 2, 3, 0).cpu().numpy())
 
     def _squares(self, gradients: torch.Tensor) -> Weights:
         with torch.inference_mode():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +42,14 @@ GROUPS = 8
 TILE: Shape3 = (80, 80, 80)
 """Voxels of which gradients are found together, which takes a gigabyte; a multiple of STRIDE."""
 
-SEEN = 16
-"""Voxels around these, and a multiple of STRIDE too: the network hardly looks further."""
+SEEN = 8
+"""Voxels around these, and a multiple of STRIDE too: what lies further off hardly says more of them."""
 
 LARGEST_VOXEL = 1e4
 """In deviations; what is larger says no more."""
+
+LARGEST_LOGIT = 60.0
+"""Beyond it a probability is 0 or 1."""
 
 
 class Block(nn.Module):
@@ -122,6 +126,15 @@ class Normaliser:
 
 
 @dataclass(frozen=True)
+class Scene:
+    """What is found in a tile of voxels and around it: angles (1, 1, z, y, x) of what is `around`."""
+
+    tile: Box
+    around: Box
+    angles: Tensor
+
+
+@dataclass(frozen=True)
 class TracerNetwork:
     """A network that has learnt, and the units of the voxels that it learnt from."""
 
@@ -131,15 +144,52 @@ class TracerNetwork:
     def gradients(
         self, voxels: npt.NDArray[np.generic], box: Box, *, draws: int, seed: int
     ) -> npt.NDArray[np.float32]:
-        """What `sign_gradients` says of a box of voxels (z, y, x), which is seen with what lies around it.
-
-        What is no number is taken for the mean.
-        """
+        """What `sign_gradients` says of a box of voxels (z, y, x), which is seen with what lies around it."""
         around = box.grown(SEEN).clipped(triple(iter(voxels.shape)))
-        with np.errstate(over="ignore", invalid="ignore"):
-            seen = self.normaliser.normalised(voxels[around.slices])
-        seen = np.clip(np.nan_to_num(seen, posinf=0.0, neginf=0.0), -LARGEST_VOXEL, LARGEST_VOXEL)
+        seen = self.seen(voxels[around.slices])
         return sign_gradients(self.network, seen, box.relative_to(around), draws=draws, seed=seed)
+
+    def scenes(self, voxels: npt.NDArray[np.generic], box: Box) -> list[Scene]:
+        """What is found in and around a box of voxels (z, y, x), tile by tile."""
+        found = []
+        for tile, around in tiles(box, triple(iter(voxels.shape))):
+            with torch.inference_mode():
+                angles = self._angles(self._input(voxels[around.slices]))
+            found.append(Scene(tile, around, angles.clone()))
+        return found
+
+    def distance_gradient(
+        self, scenes: Sequence[Scene], voxels: npt.NDArray[np.generic], box: Box
+    ) -> npt.NDArray[np.float32]:
+        """Gradient (z, y, x), along voxels of a box, of how far what is found in them is from what was.
+
+        That is twice the square of what the angles asin(sqrt(p)) of probabilities have turned; where they
+        turn little it is half the Fisher information of the change.
+        """
+        found = np.empty(box.shape, np.float32)
+        for scene in scenes:
+            x = self._input(voxels[scene.around.slices]).requires_grad_()
+            turned = self._angles(x) - scene.angles
+            (gradient,) = torch.autograd.grad(2.0 * turned.square().sum(), x)
+            inside = scene.tile.relative_to(scene.around).slices
+            found[scene.tile.relative_to(box).slices] = gradient[0, 0].cpu().numpy()[inside]
+        return found
+
+    def seen(self, voxels: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+        """Normalised voxels; what is no number is taken for the mean."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            seen = self.normaliser.normalised(voxels)
+        return np.clip(np.nan_to_num(seen, posinf=0.0, neginf=0.0), -LARGEST_VOXEL, LARGEST_VOXEL)
+
+    def _input(self, voxels: npt.NDArray[np.generic]) -> Tensor:
+        seen = torch.from_numpy(np.ascontiguousarray(self.seen(voxels)))[None, None]
+        return padded(seen.to(next(self.network.parameters()).device))
+
+    def _angles(self, x: Tensor) -> Tensor:
+        """Angles asin(sqrt(p)), from 0 to pi / 2, of the probabilities in voxels."""
+        with fewer_bits(x.device.type):
+            logits = self.network(x).float()
+        return torch.as_tensor((0.5 * logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)).exp().atan())
 
     def to(self, device: str) -> TracerNetwork:
         """The same on a device."""
@@ -191,10 +241,7 @@ def sign_gradients(
     device = next(network.parameters()).device
     found = np.empty((draws, *box.shape), np.float32)
     signs = torch.Generator().manual_seed(seed)
-    for part in blocks(box.shape, TILE):
-        tile = part.shifted(box.start)
-        # What lies beyond a tile says nothing of it but through what the network sees around it.
-        around = tile.grown(SEEN).clipped(shape)
+    for tile, around in tiles(box, shape):
         inside = tile.relative_to(around).slices
         seen = np.ascontiguousarray(voxels[around.slices])
         x = padded(torch.from_numpy(seen)[None, None].to(device)).requires_grad_()
@@ -206,8 +253,15 @@ def sign_gradients(
             sign = torch.randint(0, 2, logits.shape, generator=signs) * 2 - 1
             total = (logits * deviation * sign.to(device)).sum()
             (gradient,) = torch.autograd.grad(total, x, retain_graph=draw + 1 < draws)
-            found[(draw, *part.slices)] = gradient[0, 0].cpu().numpy()[inside]
+            found[(draw, *tile.relative_to(box).slices)] = gradient[0, 0].cpu().numpy()[inside]
     return found
+
+
+def tiles(box: Box, shape: Shape3) -> Iterator[tuple[Box, Box]]:
+    """Tiles of a box of a volume, and each with what is seen around it."""
+    for part in blocks(box.shape, TILE):
+        tile = part.shifted(box.start)
+        yield tile, tile.grown(SEEN).clipped(shape)
 
 
 def padded(x: Tensor) -> Tensor:
