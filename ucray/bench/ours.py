@@ -141,19 +141,19 @@ class VolumeCodec:
         """The quality whose ratio on a sample of the chunks meets `ratio`."""
         encoder, prepared = self._searched
         raw = sum(one.voxels.nbytes for one in prepared)
+        growth = 1.0
 
-        def searched(prepared: Sequence[Prepared]) -> int:
-            def size_at(quality: int) -> float:
-                return encoder.size_at(prepared, quality) + CHUNK_OVERHEAD * len(prepared)
+        def size_at(quality: int) -> float:
+            return encoder.size_at(prepared, quality) * growth + CHUNK_OVERHEAD * len(prepared)
 
-            return finest_within(size_at, raw / ratio)
-
-        quality = searched(prepared)
+        quality = finest_within(size_at, raw / ratio)
         if not self._tracers:
             return quality
-        # Steered chunks take a few more bytes; how they are steered hardly depends on the quality.
+        # By how much steering changes bytes hardly depends on the quality; how it moves latents does.
         shifts = self._shared(_Worker.steer, self._sample, quality, self._mean)
-        return searched([replace(one, shift=shift) for one, shift in zip(prepared, shifts, strict=True)])
+        steered = [replace(one, shift=shift) for one, shift in zip(prepared, shifts, strict=True)]
+        growth = encoder.size_at(steered, quality) / encoder.size_at(prepared, quality)
+        return finest_within(size_at, raw / ratio)
 
     @property
     def _sample(self) -> list[_Chunk]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,16 +103,21 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     overhead = plan.chunk_count * CHUNK_OVERHEAD + plan.shard_count * SHARD_OVERHEAD
     overhead += ARCHIVE_OVERHEAD + 2 * len(volume.url) + len(plan.levels) * LEVEL_OVERHEAD
 
+    growth, gain = 1.0, 0.0
+
     def archive_bytes(quality: int) -> float:
         """Projected bytes of the whole archive, without weights."""
-        return encoder.size_at(prepared, quality) * share + overhead
+        return encoder.size_at(prepared, quality) * growth * share + overhead
 
-    def psnr(quality: int) -> float:
+    def sample_psnr(sample: Sequence[Prepared], quality: int) -> float:
         error = ErrorSum()
-        for one in prepared:
+        for one in sample:
             (draft,) = encoder.drafts_at([one], quality)
             error += ErrorSum(one.voxels.size) if draft is None else encoder.pack(draft).error
         return error.psnr(peak)
+
+    def psnr(quality: int) -> float:
+        return sample_psnr(prepared, quality) + gain
 
     def bounded_bytes(quality: int) -> int:
         return sum(len(encoder.pack(draft).data) for draft in encoder.drafts_at(prepared, quality))
@@ -129,10 +136,14 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     wanted = plan.bytes_in / target.ratio
     quality = quality_for_target()
     if weighing is not None and plan.tracer is not None:
-        # Steered chunks take a few more bytes; how they are steered hardly depends on the quality.
-        for n, look in enumerate(looks):
-            prepared[n] = weighing.steered(prepared[n], look, quality, mean)
+        # How much steering changes bytes and error hardly depends on the quality; how it moves latents does.
+        steered = []
+        for one, look in zip(prepared, looks, strict=True):
+            steered.append(weighing.steered(one, look, quality, mean))
             listener(Event("measure", next(steps), total))
+        before = psnr(quality)
+        gain = sample_psnr(steered, quality) - before if math.isfinite(before) else 0.0
+        growth = encoder.size_at(steered, quality) / max(encoder.size_at(prepared, quality), 1)
         quality = quality_for_target()
     too_coarse = target.psnr is None and target.asked and quality == 0
     if too_coarse and (least := archive_bytes(0)) > RATIO_TOLERANCE * wanted:

@@ -25,10 +25,10 @@ from ucray.codec.threads import one_thread
 from ucray.codec.tracer import SEEN, TracerNetwork
 from ucray.grid import Box
 
-RATES = (0.05, 0.04, 0.032, 0.026, 0.02, 0.016, 0.013, 0.01)
+RATES = (0.08, 0.065, 0.05, 0.04, 0.032, 0.025, 0.02, 0.015)
 """Of each step, the share of what would undo a latent's own part in what the tracer finds."""
 
-LEAST_STEERED = 0.6
+LEAST_STEERED = 2.0
 """Least weight by which a step is divided, of the mean."""
 
 
