@@ -60,10 +60,9 @@ class TaughtNetwork(MembraneNetwork):
 
     def membranes_alone(self) -> MembraneNetwork:
         """What says where membranes are."""
-        alone = MembraneNetwork(flat=self.flat)
-        wanted = alone.state_dict()
-        alone.load_state_dict({name: kept for name, kept in self.state_dict().items() if name in wanted})
-        return alone.eval().requires_grad_(False)
+        apart = dict(self.apart.named_parameters(prefix="apart"))
+        held = {name: tensor for name, tensor in self.state_dict().items() if name not in apart}
+        return MembraneNetwork.holding(held, flat=self.flat)
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _taught(network: TaughtNetwork, crops: Crops, steps: int, watch: Watch) -> M
         for group in optimiser.param_groups:
             group["lr"] = RATE * warmed * share
         x, targets, known = (torch.stack(parts).float() for parts in zip(*_step(crops), strict=True))
-        with fewer_bits("cpu"):
+        with fewer_bits("cpu", learning=True):
             logits = network.both(padded(x))
         logits = logits[..., : x.shape[2], : x.shape[3], : x.shape[4]].float()
         lost = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none") * known

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from safetensors.numpy import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ucray.codec.postfilter import fast_in_bfloat16
+from ucray.codec.postfilter import fast_in_bfloat16, learns_in_bfloat16
 from ucray.errors import WeightsError
 from ucray.grid import Box, Shape3, blocks, triple
 
@@ -95,6 +95,14 @@ class MembraneNetwork(nn.Module):
         self.from_coarse = nn.ConvTranspose3d(coarse, middle, half, half)
         self.from_middle = nn.ConvTranspose3d(middle, fine, half, half)
         self.membrane = nn.ConvTranspose3d(fine, 1, half, half)
+
+    @classmethod
+    def holding(cls, tensors: Mapping[str, Tensor], *, flat: bool) -> MembraneNetwork:
+        """A network of these tensors, which has learnt."""
+        with torch.device("meta"):
+            network = cls(flat=flat)
+        network.load_state_dict(tensors, assign=True)
+        return network.eval().requires_grad_(False)
 
     def features(self, x: Tensor) -> Tensor:
         """Features (batch, width, ...) of cells."""
@@ -219,14 +227,15 @@ class TracerNetwork:
             raise WeightsError(f"no tracer, or a damaged one: not a safetensors file of {FORMAT}") from None
         if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0.0):
             raise WeightsError("the tracer is damaged: its units are no positive numbers")
-        network = MembraneNetwork(flat=flat)
+        with torch.device("meta"):
+            network = MembraneNetwork(flat=flat)
         expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != expected:
             raise WeightsError("the tracer is damaged: its tensors are missing or misshapen")
         if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
             raise WeightsError("the tracer is damaged: it holds what is no number")
-        network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
-        return cls(network.eval().requires_grad_(False), Normaliser(offset, scale))
+        held = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+        return cls(MembraneNetwork.holding(held, flat=flat), Normaliser(offset, scale))
 
 
 def sign_gradients(
@@ -271,6 +280,7 @@ def padded(x: Tensor) -> Tensor:
     return whole.contiguous(memory_format=torch.channels_last_3d)
 
 
-def fewer_bits(device: str) -> torch.autocast:
-    """Networks in bfloat16 where there are units made for it."""
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or fast_in_bfloat16())
+def fewer_bits(device: str, *, learning: bool = False) -> torch.autocast:
+    """Networks in bfloat16 where there are units made for it, and where it is `learning`, that are right."""
+    fast = learns_in_bfloat16() if learning else fast_in_bfloat16()
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or fast)

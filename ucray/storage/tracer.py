@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from ucray.codec.tracer import TracerNetwork
 from ucray.errors import WeightsError
 from ucray.storage.objects import object_at
 
@@ -20,15 +19,8 @@ class StoredTracer:
 
     @classmethod
     def open(cls, url: str, endpoint_url: str | None) -> StoredTracer:
-        """The tracer at a path or an s3:// URL.
-
-        Raises
-        ------
-        WeightsError
-            If there is none, or it is damaged.
-        """
+        """The tracer at a path or an s3:// URL; raises WeightsError if there is none."""
         data = _read(url, endpoint_url)
-        TracerNetwork.from_bytes(data)
         return cls(url, endpoint_url, hashlib.sha256(data).hexdigest())
 
     def read(self) -> bytes:

@@ -18,7 +18,7 @@ from ucray.codec.anticipation import anticipated
 from ucray.codec.codebook import ResidualCodebook, quantise_codes, vectors_of
 from ucray.codec.linear import LinearSynthesis
 from ucray.codec.network import Synthesis, analysis_of
-from ucray.codec.postfilter import fast_in_bfloat16
+from ucray.codec.postfilter import learns_in_bfloat16
 from ucray.codec.prior import ContextPrior, lambda_of
 from ucray.config import QUALITIES, CodecConfig
 
@@ -214,4 +214,4 @@ def draw_quality(batch: int, generator: torch.Generator) -> Tensor:
 
 def in_fewer_bits(x: Tensor) -> AbstractContextManager[None]:
     """Networks in bfloat16 where there are units made for it: on a GPU, and on some processors."""
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda or fast_in_bfloat16())
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda or learns_in_bfloat16())
