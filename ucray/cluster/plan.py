@@ -27,8 +27,8 @@ FINGERPRINT_VERSION = 1
 NETWORK_MEMORY = 1536 * 2**20
 """Bytes an encode worker holds whatever the shard: interpreter, torch, networks, one chunk's features."""
 
-TRACER_MEMORY = 1024 * 2**20
-"""Bytes that a tracer's gradients of a chunk take beside that."""
+TRACER_MEMORY = 512 * 2**20
+"""Bytes that steering a chunk by a tracer takes beside that: 350 MiB at most, of any chunk shape."""
 
 COPIES = 3
 """Copies of a shard's voxels that live at once in an encode worker: block, array, drafts."""
