@@ -313,3 +313,19 @@ def test_the_command_line_teaches_a_tracer_and_plans_with_it(
     result = CliRunner().invoke(app, planned)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["traced_by"] == str(made)
+
+
+def test_fill_says_nothing_of_what_errors_weigh(folder: Path) -> None:
+    """A volume that is half fill has the mean weight of its other half."""
+    original: Any = zarr.open_group(folder / "em.zarr", mode="r")["0"]
+    voxels = np.zeros((64, 64, 128), np.uint8)
+    voxels[..., :64] = original[:, :64, :64].clip(1)
+    zarr.create_array(folder / "sparse.zarr", data=voxels, chunks=(64, 64, 64), fill_value=0)
+    means = []
+    for name, roi in (("whole", None), ("half", "0:64,0:64,0:64")):
+        compress(
+            str(folder / "sparse.zarr"), str(folder / name), options(folder, roi=roi), run_options=SERIAL
+        )
+        told = json.loads((folder / name / "zarr.json").read_text())["attributes"]["ucray"]
+        means.append(told["importance_mean"])
+    assert means[0] == means[1] != 1.0

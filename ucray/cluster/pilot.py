@@ -76,12 +76,12 @@ def run_pilot(plan: CompressPlan, weights: Weights, device: str, listener: Liste
     encoder.encode(chunks[0], measured.quality, places[0])
     weighing = Weighing.of(plan, encoder)
     if weighing is not None:
-        weighing.look(boxes[0])
+        weighing.look(encoder.prepare(chunks[:1])[0], boxes[0])
     started = time.perf_counter()
     prepared = encoder.prepare(chunks, places)
     if weighing is not None:
         mean = measured.importance_mean
-        looks = [weighing.look(box) for box in boxes]
+        looks = [weighing.look(one, box) for one, box in zip(prepared, boxes, strict=True)]
         prepared = [weighing.weighed(one, look, mean) for one, look in zip(prepared, looks, strict=True)]
         prepared = [
             weighing.steered(one, look, measured.quality, mean)

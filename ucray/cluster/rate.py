@@ -90,11 +90,11 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
         place = triple(start // size for start, size in zip(box.start, plan.grid.chunk, strict=True))
         prepared += encoder.prepare([sample], [place])
         listener(Event("measure", next(steps), total))
-    looks: list[Look] = []
+    looks: list[Look | None] = []
     mean = 1.0
     if weighing is not None:
-        for box in boxes:
-            looks.append(weighing.look(box))
+        for one, box in zip(prepared, boxes, strict=True):
+            looks.append(weighing.look(one, box))
             listener(Event("measure", next(steps), total))
         mean = weighing.mean(looks)
         prepared = [weighing.weighed(one, look, mean) for one, look in zip(prepared, looks, strict=True)]

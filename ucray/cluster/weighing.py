@@ -34,10 +34,12 @@ class Weighing:
             return cls(plan, Steering(encoder, TracerNetwork.from_bytes(plan.tracer.read())))
         return None if plan.importance is None else cls(plan, plan.importance)
 
-    def look(self, box: Box) -> Look:
-        """At a chunk in `box` of the region."""
+    def look(self, prepared: Prepared, box: Box) -> Look | None:
+        """At a chunk in `box` of the region; a tracer does not look where there is nothing but fill."""
         if isinstance(self.way, ImportanceMap):
             return self.way.cells(self.plan.source_box(box))
+        if not prepared.neural:
+            return None
         grid = self.plan.grid
         # A worker holds one shard, and sees no voxels beyond it.
         index = triple(start // size for start, size in zip(box.start, grid.shard, strict=True))
@@ -45,24 +47,29 @@ class Weighing:
         voxels = self.plan.volume.read(self.plan.source_box(around))
         return self.way.view(voxels, box.relative_to(around))
 
-    def mean(self, looks: Sequence[Look]) -> float:
-        """The mean weight of chunks; raises SettingsError if that is zero."""
-        weights = [look.weights[..., :LEADING] if isinstance(look, View) else look for look in looks]
+    def mean(self, looks: Sequence[Look | None]) -> float:
+        """The mean weight of chunks that were looked at; raises SettingsError if that is zero."""
+        seen = [look for look in looks if look is not None]
+        if not seen:
+            return 1.0
+        weights = [look.weights[..., :LEADING] if isinstance(look, View) else look for look in seen]
         mean = float(f"{np.concatenate([one.reshape(-1) for one in weights]).mean():.6g}")
         if mean == 0.0:
             option = "--importance" if self.plan.tracer is None else "--traced-by"
             raise SettingsError(f"{option} {self.plan.weighed_by} is zero wherever it was looked at")
         return mean
 
-    def weighed(self, prepared: Prepared, look: Look, mean: float) -> Prepared:
+    def weighed(self, prepared: Prepared, look: Look | None, mean: float) -> Prepared:
         """A prepared chunk with its importance where the volume's mean weight is `mean`."""
+        if look is None:
+            return prepared
         if isinstance(look, View):
             return replace(prepared, importance=ChunkImportance.of_latents(look.weights, mean))
         assert isinstance(self.way, ImportanceMap)
         found = ChunkImportance.of(look, mean, self.plan.grid.chunk, self.way.cell)
         return replace(prepared, importance=found)
 
-    def steered(self, prepared: Prepared, look: Look, quality: int, mean: float) -> Prepared:
+    def steered(self, prepared: Prepared, look: Look | None, quality: int, mean: float) -> Prepared:
         """A weighed chunk as a worker codes it at the volume's quality: steered, if a tracer looks at it."""
         if isinstance(look, View):
             assert isinstance(self.way, Steering)
