@@ -14,6 +14,7 @@ import zarr
 from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load, save
 from typer.testing import CliRunner
 
 from ucray import CompressOptions, RunOptions, compress, synth
@@ -29,7 +30,7 @@ from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.importance import LEADING, ChunkImportance
 from ucray.codec.shipped import shipped_weights
 from ucray.codec.steering import Steering
-from ucray.codec.tracer import MembraneNetwork, Normaliser, TracerNetwork, sign_gradients
+from ucray.codec.tracer import FORMAT, MembraneNetwork, Normaliser, TracerNetwork, sign_gradients
 from ucray.errors import DestinationError, SettingsError, WeightsError
 from ucray.grid import Box
 from ucray.storage.tracer import StoredTracer
@@ -80,6 +81,11 @@ def test_files_of_something_else_are_refused() -> None:
     next(other.network.parameters())[0] = float("nan")
     with pytest.raises(WeightsError, match="no number"):
         TracerNetwork.from_bytes(other.to_bytes())
+    tensors = load(FILE)
+    wide = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    header = json.loads(json.loads(FILE[8 : 8 + int.from_bytes(FILE[:8], "little")])["__metadata__"][FORMAT])
+    with pytest.raises(WeightsError, match="missing or misshapen"):
+        TracerNetwork.from_bytes(save(wide, metadata={FORMAT: json.dumps(header)}))
     head = FILE.replace(b'"flat": false', b'"flat": true ').replace(
         b'\\"flat\\": false', b'\\"flat\\": true '
     )
@@ -200,6 +206,19 @@ def test_fill_and_constants_are_not_steered(folder: Path) -> None:
     for value in (0, 7):
         (alike,) = encoder.prepare([np.full_like(voxels, value)])
         assert steering.steered(alike, view, 128, mean) is alike
+
+
+def test_a_tracer_that_finds_no_numbers_is_refused_before_anything_is_written(folder: Path) -> None:
+    wild = tracer_of()
+    for tensor in wild.network.parameters():
+        tensor.mul_(1e30)
+    place, archive = folder / "wild.safetensors", folder / "nothing"
+    place.write_bytes(wild.to_bytes())
+    with pytest.raises(WeightsError, match="no number"):
+        compress(
+            str(folder / "em.zarr"), str(archive), options(folder, traced_by=str(place)), run_options=SERIAL
+        )
+    assert not archive.exists()
 
 
 def test_a_job_moves_what_the_tracer_finds_less_at_the_ratio_asked_for(folder: Path) -> None:

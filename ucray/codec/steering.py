@@ -23,6 +23,7 @@ from ucray.codec.fill import fill_mask
 from ucray.codec.importance import Weights
 from ucray.codec.threads import one_thread
 from ucray.codec.tracer import SEEN, TracerNetwork
+from ucray.errors import WeightsError
 from ucray.grid import Box
 
 RATES = (0.08, 0.065, 0.05, 0.04, 0.032, 0.025, 0.02, 0.015)
@@ -55,13 +56,13 @@ class Steering:
         self._scale = encoder.format.scale / tracer.normaliser.scale
 
     def view(self, voxels: npt.NDArray[np.generic], box: Box) -> View:
-        """A chunk in a box of voxels (z, y, x)."""
-        return View(voxels, box, self._encoder.sensitivity.seen_by(self._tracer, voxels, box))
+        """A chunk in a box of voxels (z, y, x); raises WeightsError if the tracer says what is no number."""
+        return View(voxels, box, _numbers(self._encoder.sensitivity.seen_by(self._tracer, voxels, box)))
 
     def steered(self, prepared: Prepared, view: View, quality: int, mean: float) -> Prepared:
         """A prepared and weighed chunk, steered where the volume's quality is `quality`.
 
-        `mean` is the volume's mean weight.
+        `mean` is the volume's mean weight. Raises WeightsError if the tracer says what is no number.
         """
         if not prepared.neural:
             return prepared
@@ -84,5 +85,12 @@ class Steering:
             decoded = encoder.decoded(replace(prepared, shift=shift), latents, quality)[inside]
             seen[view.box.slices] = np.where(filled, prepared.voxels, decoded)
             gradient = self._tracer.distance_gradient(scenes, seen, view.box)
-            shift = shift - np.float32(rate) * encoder.sensitivity.along(gradient) / curvature
-        return replace(prepared, shift=shift.astype(np.float32))
+            shift -= np.float32(rate) * encoder.sensitivity.along(gradient) / curvature
+        return replace(prepared, shift=_numbers(shift))
+
+
+def _numbers(found: Weights) -> Weights:
+    """What is found, where it can be used: a shift that is none would take the chunk with it."""
+    if not np.isfinite(found).all():
+        raise WeightsError("the tracer finds what is no number: it has not learnt, or is damaged")
+    return found
