@@ -21,6 +21,9 @@ from ucray.errors import JobError, UcrayError
 REAP_SECONDS = 30.0
 """How long the processes of a local Ray may take to go after they were ended."""
 
+RAY_DATA_THREADS = "ray-data-"
+"""How the names of Ray Data's threads begin."""
+
 WORKER_POOL = {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
 """Environment of a Ray whose nodes ucray has to itself.
 
@@ -68,11 +71,25 @@ def ray_session() -> Iterator[None]:
     finally:
         # A job that was stopped leaves tasks behind, and threads of Ray Data that would tell all of them.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        _say_nothing_of_threads(RAY_DATA_THREADS)
         ray.shutdown()
         # Ray gives a process that it killed one second to go; on a busy machine that is too short.
         for process in started:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(REAP_SECONDS)
+
+
+def _say_nothing_of_threads(prefix: str) -> None:
+    """Leave out what threads whose names begin so raise from here on; they outlive the Ray that they ask."""
+    told = threading.excepthook
+
+    def tell(raised: threading.ExceptHookArgs) -> None:
+        if raised.thread is None or not raised.thread.name.startswith(prefix):
+            told(raised)
+
+    # One of ours that is there already is enough.
+    if told.__qualname__ != tell.__qualname__:
+        threading.excepthook = tell
 
 
 def _started_processes() -> list[subprocess.Popen[bytes]]:
