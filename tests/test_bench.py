@@ -30,7 +30,7 @@ from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.importance import LEADING, ChunkImportance
 from ucray.codec.rate import CHUNK_OVERHEAD
 from ucray.codec.shipped import shipped_weights
-from ucray.codec.steering import Steering, View
+from ucray.codec.steering import Steering
 from ucray.codec.tracer import MembraneNetwork, Normaliser, TracerNetwork
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError, WeightsError
@@ -163,8 +163,7 @@ def test_each_half_is_steered_by_its_tracer() -> None:
     boxes = list(blocks((64, 64, 128), chunk))
     views = []
     for box, by in zip(boxes, steering, strict=True):
-        around = View.around(box, Box((0, 0, 0), (64, 64, 128)))
-        views.append(by.view(whole[around.slices], box.relative_to(around)))
+        views.append(by.view(whole, box))
     mean = float(np.mean([view.weights[..., :LEADING] for view in views]))
     for data, box, by, view in zip(coded.chunks, boxes, steering, views, strict=True):
         weighed = ChunkImportance.of_latents(view.weights, mean)

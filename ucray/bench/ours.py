@@ -58,12 +58,11 @@ Weighed = npt.NDArray[np.floating] | Sequence[tuple[Box, TracerNetwork]]
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A chunk in a box of the volume, its importance, and which tracer steers it by what weights."""
+    """A chunk in a box of the volume, its importance, and which tracer steers it."""
 
     box: Box
     importance: ChunkImportance | None = None
     tracer: int | None = None
-    weights: npt.NDArray[np.float32] | None = None
 
 
 class VolumeCodec:
@@ -117,7 +116,7 @@ class VolumeCodec:
         weights = self._shared(_Worker.look, self._chunks)
         self._mean = float(np.mean([one[..., :LEADING] for one in weights])) or 1.0
         self._chunks = [
-            replace(chunk, importance=ChunkImportance.of_latents(one, self._mean), weights=one)
+            replace(chunk, importance=ChunkImportance.of_latents(one, self._mean))
             for chunk, one in zip(self._chunks, weights, strict=True)
         ]
 
@@ -251,11 +250,7 @@ class _Worker:
     def _view(self, chunk: _Chunk) -> View:
         """A chunk of a tracer, and what is seen around it."""
         assert chunk.tracer is not None
-        around = View.around(chunk.box, Box((0, 0, 0), triple(iter(self._volume.shape))))
-        voxels, box = self._volume[around.slices], chunk.box.relative_to(around)
-        if chunk.weights is not None:
-            return View(voxels, box, chunk.weights)
-        return self._steering[chunk.tracer].view(voxels, box)
+        return self._steering[chunk.tracer].view(self._volume, chunk.box)
 
     @staticmethod
     def decode(chunks: Sequence[tuple[Box, bytes]], part: str) -> None:

@@ -21,7 +21,6 @@ from ucray.cluster.train import train as train_on_ray
 from ucray.cluster.verify import Verification, verify_archive
 from ucray.cluster.weights_store import load_weights, trained_for
 from ucray.codec.shipped import shipped_for
-from ucray.codec.tracer import TracerNetwork
 from ucray.codec.weights import Weights
 from ucray.config import DecoderSizes
 from ucray.errors import DestinationError, SettingsError
@@ -97,8 +96,6 @@ def decide(
     importance = tracer = None
     if options.traced_by is not None:
         tracer = StoredTracer.open(options.traced_by, connection.endpoint_url)
-        # A damaged one is refused here, not by workers.
-        TracerNetwork.from_bytes(tracer.read())
     if options.importance is not None:
         importance = ImportanceMap.open(
             options.importance, volume.shape, config.latent_cell, connection.endpoint_url

@@ -11,7 +11,7 @@ from ucray.cluster.plan import CompressPlan
 from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.importance import LEADING, ChunkImportance, Weights
 from ucray.codec.steering import Steering, View
-from ucray.codec.tracer import TracerNetwork
+from ucray.codec.tracer import SEEN, TracerNetwork
 from ucray.errors import SettingsError
 from ucray.grid import Box, triple
 from ucray.storage.importance import ImportanceMap
@@ -43,7 +43,7 @@ class Weighing:
         grid = self.plan.grid
         # A worker holds one shard, and sees no voxels beyond it.
         index = triple(start // size for start, size in zip(box.start, grid.shard, strict=True))
-        around = View.around(box, grid.shard_box(index))
+        around = box.grown(SEEN).common(grid.shard_box(index))
         voxels = self.plan.volume.read(self.plan.source_box(around))
         return self.way.view(voxels, box.relative_to(around))
 

@@ -13,10 +13,10 @@ from ucray.codec.decoder import device_for
 from ucray.codec.encoder import ChunkEncoder, Draft, Packed, Prepared, pack
 from ucray.codec.importance import ChunkImportance
 from ucray.codec.importance import Weights as Importance
-from ucray.codec.steering import Steering, View
+from ucray.codec.steering import Steering
 from ucray.codec.tracer import TracerNetwork
 from ucray.codec.weights import Weights
-from ucray.grid import Box, Shape3, triple
+from ucray.grid import Box, Shape3
 from ucray.storage.archive import ArchiveSettings
 from ucray.storage.objects import open_objects
 from ucray.storage.shard import ShardStatistics, assemble, commit, committed
@@ -94,8 +94,7 @@ class ShardEncoder:
         if not prepared.neural:
             return prepared
         mean, quality = self._settings.importance_mean, self._settings.quality
-        around = View.around(box, Box((0, 0, 0), triple(iter(voxels.shape))))
-        view = steering.view(voxels[around.slices], box.relative_to(around))
+        view = steering.view(voxels, box)
         weighed = replace(prepared, importance=ChunkImportance.of_latents(view.weights, mean))
         return steering.steered(weighed, view, quality, mean)
 

@@ -24,7 +24,7 @@ from ucray.codec.importance import Weights
 from ucray.codec.threads import one_thread
 from ucray.codec.tracer import SEEN, TracerNetwork
 from ucray.errors import WeightsError
-from ucray.grid import Box
+from ucray.grid import Box, triple
 
 RATES = (0.08, 0.065, 0.05, 0.04, 0.032, 0.025, 0.02, 0.015)
 """Of each step, the share of what would undo a latent's own part in what the tracer finds."""
@@ -41,11 +41,6 @@ class View:
     box: Box
     weights: Weights
 
-    @staticmethod
-    def around(box: Box, limits: Box) -> Box:
-        """What is looked at of a volume, inside limits, for a chunk in a box of it."""
-        return box.grown(SEEN).common(limits)
-
 
 class Steering:
     """Weighs and steers the chunks of one encoder by one tracer."""
@@ -56,7 +51,12 @@ class Steering:
         self._scale = encoder.format.scale / tracer.normaliser.scale
 
     def view(self, voxels: npt.NDArray[np.generic], box: Box) -> View:
-        """A chunk in a box of voxels (z, y, x); raises WeightsError if the tracer says what is no number."""
+        """A chunk in a box of voxels (z, y, x), with what the tracer sees around it.
+
+        Raises WeightsError if the tracer says what is no number.
+        """
+        around = box.grown(SEEN).clipped(triple(iter(voxels.shape)))
+        voxels, box = voxels[around.slices], box.relative_to(around)
         return View(voxels, box, _numbers(self._encoder.sensitivity.seen_by(self._tracer, voxels, box)))
 
     def steered(self, prepared: Prepared, view: View, quality: int, mean: float) -> Prepared:

@@ -19,8 +19,12 @@ class StoredTracer:
 
     @classmethod
     def open(cls, url: str, endpoint_url: str | None) -> StoredTracer:
-        """The tracer at a path or an s3:// URL; raises WeightsError if there is none."""
+        """The tracer at a path or an s3:// URL; raises WeightsError if there is none, or it is damaged."""
+        # Whoever plans a job without a tracer, or reads a source, does not wait for torch.
+        from ucray.codec.tracer import TracerNetwork
+
         data = _read(url, endpoint_url)
+        TracerNetwork.from_bytes(data)
         return cls(url, endpoint_url, hashlib.sha256(data).hexdigest())
 
     def read(self) -> bytes:
