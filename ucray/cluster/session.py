@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -79,17 +79,22 @@ def ray_session() -> Iterator[None]:
                 process.wait(REAP_SECONDS)
 
 
+@dataclass(frozen=True)
+class _Told:
+    """Tells what threads raise, but for those whose names begin with `silent`."""
+
+    before: Callable[[threading.ExceptHookArgs], object]
+    silent: str
+
+    def __call__(self, raised: threading.ExceptHookArgs) -> None:
+        if raised.thread is None or not raised.thread.name.startswith(self.silent):
+            self.before(raised)
+
+
 def _say_nothing_of_threads(prefix: str) -> None:
     """Leave out what threads whose names begin so raise from here on; they outlive the Ray that they ask."""
-    told = threading.excepthook
-
-    def tell(raised: threading.ExceptHookArgs) -> None:
-        if raised.thread is None or not raised.thread.name.startswith(prefix):
-            told(raised)
-
-    # One of ours that is there already is enough.
-    if told.__qualname__ != tell.__qualname__:
-        threading.excepthook = tell
+    if not isinstance(threading.excepthook, _Told):
+        threading.excepthook = _Told(threading.excepthook, prefix)
 
 
 def _started_processes() -> list[subprocess.Popen[bytes]]:
