@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from ucray.bench.tissue import Finder, Lesson, Tracer, f1
 from ucray.bench.unet import NetworkFinder, NetworkSight
 from ucray.cli import app
 from ucray.codec import tracer
-from ucray.codec.tracer import MembraneNetwork, sign_gradients
+from ucray.codec.tracer import MembraneNetwork, TracerNetwork, sign_gradients
+from ucray.errors import WeightsError
 from ucray.grid import Box
 
 STEPS = 40
@@ -204,19 +206,67 @@ def test_halves_are_looked_at_by_networks_where_these_are_asked_for() -> None:
         assert 2 <= len(tracer.merges) <= 3
 
 
-def test_the_command_traces_with_it(tmp_path: Path) -> None:
+@dataclass
+class Shelf:
+    """What is kept, and how often it was asked for."""
+
+    held: dict[str, bytes] = field(default_factory=dict)
+
+    def get(self, key: str) -> bytes | None:
+        return self.held.get(key)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        return self.held.setdefault(key, data) is data
+
+
+def test_what_was_learnt_is_kept_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf()
+
+    def found(part: Labelled, steps: int, seed: int) -> npt.NDArray[np.float32]:
+        sight = NetworkSight.of(part.voxels, flat=False, steps=steps, shelf=shelf)
+        seen = sight.features(part.voxels)
+        lesson = Lesson(seen, part.membrane, part.known, part.segments)
+        return sight.taught(lesson, seed=seed)(seen)
+
+    one, other = cells(1), cells(2)
+    assert one.segments is not None
+    # Networks that learn from another volume, from other labels, by another seed, or for longer are others.
+    relabelled = replace(one, segments=np.where(one.segments == 3, 4, one.segments))
+    asked = [(one, 3, 0), (other, 3, 0), (relabelled, 3, 0), (one, 3, 1), (one, 4, 0)]
+    taught = [found(*how) for how in asked]
+    assert len(shelf.held) == len(asked)
+    monkeypatch.setattr(unet, "_taught", lambda *how: pytest.fail("learns again"))
+    for how, before in zip(asked, taught, strict=True):
+        np.testing.assert_array_equal(found(*how), before)
+    shelf.held = {name: data[:-1] for name, data in shelf.held.items()}
+    with pytest.raises(WeightsError, match="damaged"):
+        found(*asked[0])
+
+
+def test_the_command_traces_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = cells(1)
     assert part.segments is not None
     zarr.create_array(tmp_path / "em.zarr", data=part.voxels)
     zarr.create_array(tmp_path / "labels.zarr", data=part.segments.astype(np.uint16))
     command = ["bench", str(tmp_path / "em.zarr"), "-o", str(tmp_path / "out"), "--task", "segmentation"]
-    command += ["--labels", str(tmp_path / "labels.zarr"), "--codecs", "jpeg,ucray,ucray-traced"]
-    command += ["--weights", "em-fib-v14", "--ratios", "4"]
-    result = CliRunner().invoke(app, [*command, "--network-steps", "30", "--tracers", "2"])
+    command += ["--labels", str(tmp_path / "labels.zarr"), "--ratios", "4", "--tracers", "2"]
+    command += ["--network-steps", "30", "--networks", str(tmp_path / "kept")]
+    ours = ["--codecs", "jpeg,ucray,ucray-traced", "--weights", "em-fib-v14"]
+    result = CliRunner().invoke(app, [*command, *ours])
     assert result.exit_code == 0, result.output
-    report = (tmp_path / "out" / "task.md").read_text()
-    assert ": segmentation, by a U-Net of 30 steps" in report
-    (row,) = [line for line in report.splitlines() if line.startswith("| original")]
-    assert float(row.split("|")[4]) > 0.6
-    psnr = [line.split("|")[3] for line in report.splitlines() if line.startswith("| ucray")]
+    rows = (tmp_path / "out" / "task.md").read_text().splitlines()
+    assert any(": segmentation, by a U-Net of 30 steps" in row for row in rows)
+    (original,) = [row for row in rows if row.startswith("| original")]
+    assert float(original.split("|")[4]) > 0.6
+    psnr = [row.split("|")[3] for row in rows if row.startswith("| ucray")]
     assert len(set(psnr)) == 2
+    # Two that trace and one that steers, of each half; any of them steers an archive too.
+    kept = list((tmp_path / "kept").iterdir())
+    assert len(kept) == 6
+    assert not TracerNetwork.from_bytes(kept[0].read_bytes()).network.flat
+    monkeypatch.setattr(unet, "_taught", lambda *how: pytest.fail("learns again"))
+    result = CliRunner().invoke(app, [*command, "--codecs", "jpeg"])
+    assert result.exit_code == 0, result.output
+    again = (tmp_path / "out" / "task.md").read_text().splitlines()
+    assert set(again) <= set(rows)
+    assert original in again

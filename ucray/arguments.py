@@ -104,3 +104,10 @@ NetworkSteps = Annotated[
         help="Find membranes with a U-Net that learns in N steps (3000, say), not with a forest.",
     ),
 ]
+Networks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder or URL of U-Nets of --network-steps that learnt before; new ones are put there too.",
+    ),
+]

@@ -20,7 +20,7 @@ from ucray.bench.peers import PEERS
 from ucray.bench.reconstruction import decoded_at, missing_reason
 from ucray.bench.run import OURS
 from ucray.bench.tissue import Features, Labels, Lesson, Sight, Tracer, Volume, f1, information, rand_error
-from ucray.bench.unet import NetworkSight
+from ucray.bench.unet import NetworkSight, Shelf
 from ucray.codec.tracer import TracerNetwork
 from ucray.codec.weights import Weights
 from ucray.errors import SettingsError
@@ -91,12 +91,14 @@ def run_task(
     data_range: float,
     tracers: int = 1,
     network_steps: int = 0,
+    shelf: Shelf | None = None,
     watch: Watch = lambda codec: None,
 ) -> Traced:
     """Code a volume with every codec, and trace in each half of what comes back as its other half taught.
 
     Halves lie along y. Each is traced by so many `tracers`, which learnt from other voxels of the same half,
-    with a U-Net in so many `network_steps`, or else with a forest; figures are means over them. A peer is
+    with a U-Net in so many `network_steps`, or else with a forest; figures are means over them. U-Nets that
+    lie on the `shelf` do not learn again, others are put there. A peer is
     taken at its coarsest setting that spends no fewer bytes than `ratios` ask for, and that is looked for
     between those of the benchmark.
 
@@ -114,7 +116,7 @@ def run_task(
     if unknown := sorted(set(chosen) - {*OURS, *PEERS, *WEIGHED}):
         raise SettingsError(f"--codecs {','.join(unknown)}: not known")
     watch("learning")
-    halves = _halves(task, given, tracers, network_steps, guided=TRACED in chosen)
+    halves = _halves(task, given, tracers, network_steps, shelf, guided=TRACED in chosen)
     voxels = given.voxels
     watch(ORIGINAL)
     before, shown = _looked_at(task, halves, voxels)
@@ -160,22 +162,28 @@ class _Half:
 
 
 def _halves(
-    task: str, given: Labelled, tracers: int, network_steps: int = 0, *, guided: bool = False
+    task: str,
+    given: Labelled,
+    tracers: int,
+    network_steps: int = 0,
+    shelf: Shelf | None = None,
+    *,
+    guided: bool = False,
 ) -> list[_Half]:
     shape = triple(iter(given.voxels.shape))
     middle = (0, shape[1] // 2, 0)
     boxes = Box((0, 0, 0), (shape[0], middle[1], shape[2])), Box(middle, shape)
     parts = [given.part(box) for box in boxes]
-    learnt = [_learnt(task, part, tracers, network_steps, guided=guided) for part in parts]
+    learnt = [_learnt(task, part, tracers, network_steps, shelf, guided=guided) for part in parts]
     return [_Half(box, part, *other) for box, part, other in zip(boxes, parts, learnt[::-1], strict=True)]
 
 
 def _learnt(
-    task: str, part: Labelled, tracers: int, network_steps: int, *, guided: bool
+    task: str, part: Labelled, tracers: int, network_steps: int, shelf: Shelf | None, *, guided: bool
 ) -> tuple[Sight, tuple[Tracer, ...], TracerNetwork | None]:
     sight: Sight = ForestSight.of(part.voxels, flat=part.flat)
     if network_steps:
-        sight = NetworkSight.of(part.voxels, flat=part.flat, steps=network_steps)
+        sight = NetworkSight.of(part.voxels, flat=part.flat, steps=network_steps, shelf=shelf)
     segments = part.segments if task == "segmentation" else None
     lesson = Lesson(sight.features(part.voxels), part.membrane, part.known, segments)
     seeds = range(SEED, SEED + tracers)

@@ -9,10 +9,13 @@ codec does to tissue, but no codec itself.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +30,7 @@ from ucray.codec.tracer import (
     WIDTHS,
     MembraneNetwork,
     Normaliser,
+    TracerNetwork,
     fewer_bits,
     padded,
 )
@@ -43,7 +47,22 @@ RATE, WARMING, LAST = 2e-3, 100, 0.01
 KEPT = 0.998
 """Of the mean of all steps' numbers at each step."""
 
+RECIPE = 1
+"""Of how networks learn, to be counted up with it: those kept of another are of no use."""
+
 Watch = Callable[[int], None]
+
+
+class Shelf(Protocol):
+    """Where networks that have learnt are kept, by name."""
+
+    def get(self, key: str, /) -> bytes | None:
+        """What is kept; None if there is nothing."""
+        ...
+
+    def put_new(self, key: str, data: bytes, /) -> bool:
+        """Keep something, unless there is something of that name: False then."""
+        ...
 
 
 class TaughtNetwork(MembraneNetwork):
@@ -67,16 +86,20 @@ class TaughtNetwork(MembraneNetwork):
 
 @dataclass(frozen=True)
 class NetworkSight:
-    """How voxels are looked at: normalised, if `flat` section by section; networks learn in `steps`."""
+    """How voxels are looked at: normalised, if `flat` section by section; networks learn in `steps`.
+
+    A network that lies on the `shelf` does not learn again what it has learnt.
+    """
 
     normaliser: Normaliser
     flat: bool
     steps: int
+    shelf: Shelf | None = None
 
     @classmethod
-    def of(cls, volume: Volume, *, flat: bool, steps: int) -> NetworkSight:
+    def of(cls, volume: Volume, *, flat: bool, steps: int, shelf: Shelf | None = None) -> NetworkSight:
         """As suits a volume."""
-        return cls(Normaliser.of(volume), flat, steps)
+        return cls(Normaliser.of(volume), flat, steps, shelf)
 
     def features(self, volume: Volume) -> Features:
         """Normalised voxels (z, y, x, 1)."""
@@ -91,16 +114,36 @@ class NetworkSight:
         return find, find(lesson.features)
 
     def taught(self, lesson: Lesson, *, seed: int, watch: Watch = lambda step: None) -> NetworkFinder:
-        """A network that has learnt; `watch` is told after each step."""
+        """A network that has learnt; `watch` is told after each step.
+
+        Raises WeightsError if what is kept of it is damaged.
+        """
+        if self.shelf is None:
+            return NetworkFinder(self._learning(lesson, seed, watch))
+        name = f"network-{self._digest(lesson, seed)}.safetensors"
+        data = self.shelf.get(name)
+        if data is None:
+            network = self._learning(lesson, seed, watch)
+            self.shelf.put_new(name, TracerNetwork(network, self.normaliser).to_bytes())
+            return NetworkFinder(network)
+        return NetworkFinder(TracerNetwork.from_bytes(data).network)
+
+    def _learning(self, lesson: Lesson, seed: int, watch: Watch) -> MembraneNetwork:
         keep_freed_memory()
-        shape, segments = lesson.membrane.shape, lesson.segments
-        neurons = np.zeros(shape, np.int32) if segments is None else segments.astype(np.int32)
         random = np.random.default_rng(seed)
-        crops = Crops(lesson.features[..., 0], lesson.membrane, lesson.known, neurons, self.flat, random)
+        shown = lesson.features[..., 0], lesson.membrane, lesson.known, _neurons(lesson)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = TaughtNetwork(flat=self.flat)
-        return NetworkFinder(_taught(network, crops, self.steps, watch))
+        return _taught(network, Crops(*shown, self.flat, random), self.steps, watch)
+
+    def _digest(self, lesson: Lesson, seed: int) -> str:
+        """Of all that a network's numbers come from."""
+        shape = lesson.membrane.shape
+        found = hashlib.sha256(json.dumps([RECIPE, self.flat, self.steps, seed, shape]).encode())
+        for part in (lesson.features, lesson.membrane, lesson.known, _neurons(lesson)):
+            found.update(np.ascontiguousarray(part).tobytes())
+        return found.hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -111,6 +154,12 @@ class NetworkFinder:
 
     def __call__(self, features: Features) -> Probability:
         return _found(self.network, features[..., 0])
+
+
+def _neurons(lesson: Lesson) -> npt.NDArray[np.int32]:
+    if lesson.segments is None:
+        return np.zeros(lesson.membrane.shape, np.int32)
+    return lesson.segments.astype(np.int32)
 
 
 def _taught(network: TaughtNetwork, crops: Crops, steps: int, watch: Watch) -> MembraneNetwork:

@@ -26,7 +26,7 @@ from ucray.codec.weights import Weights
 from ucray.config import default_chunk
 from ucray.errors import DestinationError, SettingsError
 from ucray.grid import Box, Shape3, format_shape
-from ucray.storage.objects import object_at
+from ucray.storage.objects import object_at, open_objects
 from ucray.storage.volume import LABEL_DTYPES, Volume, open_volume
 
 SWEPT = (8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 500.0)
@@ -51,6 +51,8 @@ class Tracing:
         How many trace, of which figures are means.
     network_steps
         Of the U-Net that finds membranes; none for a forest.
+    networks
+        Folder, or URL of one, of U-Nets that learnt before: they are taken, and others put there.
     """
 
     source: str
@@ -61,6 +63,7 @@ class Tracing:
     connection: Connection = Connection()
     tracers: int = 1
     network_steps: int = 0
+    networks: str | None = None
 
     def read(self) -> tuple[Volume, Box, Labelled]:
         """The volume, the region of it, and that with what is known to be there."""
@@ -80,6 +83,9 @@ class Tracing:
         listener: Listener,
     ) -> tuple[Traced, str]:
         """What was traced, and a title for it."""
+        shelf = None if self.networks is None else open_objects(self.networks, self.connection.endpoint_url)
+        if shelf is not None:
+            shelf.check_place()
         volume, region, known = self.read()
         weights = fitting_weights(volume, weights)
         config = config_for(volume) if weights is None else weights.config
@@ -93,6 +99,7 @@ class Tracing:
             data_range=data_range([known.voxels], volume.dtype, volume.fill_value),
             tracers=self.tracers,
             network_steps=self.network_steps,
+            shelf=shelf,
             watch=lambda codec: listener(Event("trace", 0, 1, codec)),
         )
         by = f", by a U-Net of {self.network_steps} steps" if self.network_steps else ""

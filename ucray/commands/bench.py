@@ -15,6 +15,7 @@ from ucray.arguments import (
     Chunk,
     Endpoint,
     ExactFill,
+    Networks,
     NetworkSteps,
     Roi,
     Select,
@@ -65,6 +66,7 @@ def bench(
     membrane: Annotated[str, typer.Option(help="Classes of --labels that are membrane, with commas.")] = "",
     tracers: Tracers = 1,
     network_steps: NetworkSteps = 0,
+    networks: Networks = None,
     endpoint_url: Endpoint = None,
     array: ArrayName = None,
     select: Select = None,
@@ -82,6 +84,8 @@ def bench(
         raise typer.BadParameter("--task and --labels go together")
     if task is None and (membrane or (tracers, network_steps) != (1, 0)):
         raise typer.BadParameter("--membrane, --tracers and --network-steps go with --task")
+    if networks is not None and not network_steps:
+        raise typer.BadParameter("--networks goes with --network-steps")
     connection = Connection(endpoint_url, array, select)
     names = [name for name in codecs.split(",") if name]
     asked = parse_ratios(ratios)
@@ -96,7 +100,7 @@ def bench(
         _levels(source, output, loaded, levels, asked, roi, connection, as_json=as_json)
     elif task is not None and labels is not None:
         classes = parse_classes(membrane)
-        tracing = Tracing(source, labels, classes, roi, shape, connection, tracers, network_steps)
+        tracing = Tracing(source, labels, classes, roi, shape, connection, tracers, network_steps, networks)
         _task(tracing, output, loaded, task, names, asked, as_json=as_json)
     else:
         how: dict[str, Any] = {"codecs": names, "ratios": asked, "roi": roi, "chunk": shape}

@@ -18,6 +18,7 @@ from ucray.arguments import (
     Lossless,
     MaxError,
     Memory,
+    Networks,
     NetworkSteps,
     Psnr,
     Ratio,
@@ -72,6 +73,7 @@ def plan(
     membrane: Annotated[str, typer.Option(help="Classes of --labels that are membrane, with commas.")] = "",
     tracers: Tracers = 1,
     network_steps: NetworkSteps = 0,
+    networks: Networks = None,
     curve: Annotated[
         str | None, typer.Option(help=f"PNG of what is lost at which ratio; {CURVE} by default.")
     ] = None,
@@ -96,6 +98,8 @@ def plan(
         raise typer.BadParameter("--max-seg-loss and --labels go together")
     if max_seg_loss is None and (membrane or curve is not None or (tracers, network_steps) != (1, 0)):
         raise typer.BadParameter("--membrane, --tracers, --network-steps and --curve go with --max-seg-loss")
+    if networks is not None and not network_steps:
+        raise typer.BadParameter("--networks goes with --network-steps")
     connection = Connection(endpoint_url, array, select)
     choice = None
     if max_seg_loss is not None and labels is not None:
@@ -110,6 +114,7 @@ def plan(
             connection=connection,
             tracers=tracers,
             network_steps=network_steps,
+            networks=networks,
         )
         choice = _chosen(tracing, weights, max_seg_loss, curve or CURVE, as_json=as_json)
         ratio, roi = choice["ratio"], None
