@@ -50,6 +50,9 @@ KEPT = 0.998
 RECIPE = 1
 """Of how networks learn, to be counted up with it: those kept of another are of no use."""
 
+CELLS = (2, 4, 8)
+"""Voxels along an axis of the network's cells, where sections are thin."""
+
 Watch = Callable[[int], None]
 
 
@@ -173,8 +176,9 @@ def _taught(network: TaughtNetwork, crops: Crops, steps: int, watch: Watch) -> M
         for group in optimiser.param_groups:
             group["lr"] = RATE * warmed * share
         x, targets, known = (torch.stack(parts).float() for parts in zip(*_step(crops), strict=True))
-        with fewer_bits("cpu", learning=True):
-            logits = network.both(padded(x))
+        shown = padded(x)
+        with fewer_bits("cpu", two_deep=_two_deep(shown, network)):
+            logits = network.both(shown)
         logits = logits[..., : x.shape[2], : x.shape[3], : x.shape[4]].float()
         lost = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none") * known
         each = lost.sum((0, 2, 3, 4)) / known.sum((0, 2, 3, 4)).clamp_min(1.0)
@@ -188,6 +192,11 @@ def _taught(network: TaughtNetwork, crops: Crops, steps: int, watch: Watch) -> M
                 mean.lerp_(now, share)
         watch(step + 1)
     return kept.membranes_alone()
+
+
+def _two_deep(x: Tensor, network: MembraneNetwork) -> bool:
+    """Whether kernels three sections deep meet a grid of two: see `learns_in_bfloat16`."""
+    return not network.flat and any(x.shape[2] == 2 * size for size in CELLS)
 
 
 def _step(crops: Crops) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

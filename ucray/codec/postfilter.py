@@ -44,9 +44,10 @@ def fast_in_bfloat16() -> bool:
 
 
 def learns_in_bfloat16() -> bool:
-    """Whether it is fast at it and right about gradients of weights: AMX alone.
+    """Whether it is fast at it and right about all gradients of weights: AMX alone.
 
-    By AVX-512 those of a convolution on 2 x 3 x 3 voxels are what was in memory before (torch 2.13).
+    By AVX-512 those of kernels three sections deep, on grids of two, are what was in memory before; on grids
+    of any other depth they are right (torch 2.13).
     """
     return bool(torch.cpu._is_amx_tile_supported())
 

@@ -281,7 +281,7 @@ def padded(x: Tensor) -> Tensor:
     return whole.contiguous(memory_format=torch.channels_last_3d)
 
 
-def fewer_bits(device: str, *, learning: bool = False) -> torch.autocast:
-    """Networks in bfloat16 where there are units made for it, and where it is `learning`, that are right."""
-    fast = learns_in_bfloat16() if learning else fast_in_bfloat16()
+def fewer_bits(device: str, *, two_deep: bool = False) -> torch.autocast:
+    """Networks in bfloat16 where there are units made for it, and if on grids `two_deep`, that are right."""
+    fast = learns_in_bfloat16() if two_deep else fast_in_bfloat16()
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or fast)
