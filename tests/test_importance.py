@@ -136,21 +136,30 @@ def test_latents_weigh_by_what_a_network_sees_of_them(encoder: ChunkEncoder) -> 
     weights = shipped_weights("em-fib-v14")
     analysis = analysis_of(weights.config)
     load_network(weights, "analysis", analysis)
+    nothing = np.zeros(encoder.format.shape, bool)
     for cell, latent in (((1, 2, 3), 0), ((4, 7, 2), 37)):
         voxels = torch.zeros(1, 1, *encoder.format.shape, requires_grad=True)
         analysis.latents(voxels)[(0, latent, *cell)].backward()  # type: ignore[no-untyped-call]
         assert voxels.grad is not None
-        found = encoder.sensitivity.of(voxels.grad[0].numpy())
+        found = encoder.sensitivity.of(voxels.grad[0].numpy(), nothing)
         assert found.shape == (8, 8, 8, weights.config.latents)
         assert found.argmax() == np.ravel_multi_index((*cell, latent), found.shape)
     noise = np.random.default_rng(0).standard_normal((4, *encoder.format.shape), np.float32)
     # Means of 4 * 512 squares on either side of the division deviate by 3 %.
-    means = np.square(encoder.sensitivity.of(3.0 * noise)).mean(axis=(0, 1, 2))
+    whole = encoder.sensitivity.of(3.0 * noise, nothing)
+    means = np.square(whole).mean(axis=(0, 1, 2))
     np.testing.assert_allclose(means, 9.0, rtol=0.2)
-    # Beyond the volume's end there is no gradient; lapping reaches over a cell.
-    cut = encoder.sensitivity.of(noise[:, :, :32])
-    assert cut.shape == found.shape
-    assert not cut[:, 6:].any()
+    # Where a chunk goes on beyond the volume, or is fill, it weighs as what there is of it.
+    half = nothing.copy()
+    half[:, 32:] = True
+    cut = encoder.sensitivity.of(3.0 * noise[:, :, :32], nothing[:, :32])
+    np.testing.assert_array_equal(cut, encoder.sensitivity.of(3.0 * noise, half))
+    np.testing.assert_allclose(cut[:, :2], whole[:, :2], rtol=1e-4)
+    others = cut[:, :4].mean(axis=(0, 1, 2))
+    np.testing.assert_allclose(cut[:, 4:], np.broadcast_to(others, cut[:, 4:].shape), rtol=1e-5)
+    shifts = [ChunkImportance.of_latents(one, 3.0).shift for one in (whole, cut)]
+    # Latents that reach beyond the end weigh somewhat less.
+    assert 0 <= shifts[0] - shifts[1] <= 3
 
 
 def test_bits_of_a_cell_go_to_the_latents_that_weigh_more(encoder: ChunkEncoder, tmp_path: Path) -> None:

@@ -531,6 +531,8 @@ def test_a_loss_that_no_ratio_keeps_is_refused_with_the_curve(
         (["--tracers", "2"], "go with --max-seg-loss"),
         (["--max-seg-loss", "2", "--labels", "L", "--networks", "kept"], "goes with --network-steps"),
         (["--max-seg-loss", "2", "--labels", "L", "--psnr", "30"], "give no other target"),
+        (["--max-seg-loss", "2", "--labels", "L", "--traced-by", "T"], "give neither"),
+        (["--max-seg-loss", "2", "--labels", "L", "--importance", "M"], "give neither"),
         (["--max-seg-loss", "2", "--labels", "LABELS", "--curve", "NOWHERE"], "there is no folder"),
         (["--max-seg-loss", "2", "--labels", "LABELS", "--roi", "0:9,0:9,0:9"], "--labels has shape"),
     ],

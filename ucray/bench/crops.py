@@ -9,7 +9,6 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from ucray.grid import Shape3, triple
@@ -90,6 +89,8 @@ class Crops:
         return [*fixed, *(len(fixed) + self.random.permutation(len(turned)))]
 
     def _changed(self, voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        from scipy import ndimage
+
         random = self.random
         if random.random() < BLURRED:
             wide = random.uniform(0.0, LARGEST_BLUR)

@@ -98,6 +98,8 @@ class VolumeCodec:
             self._chunks = [_Chunk(box, one) for box, one in zip(boxes, found, strict=True)]
         elif weighed is not None:
             self._tracers = tuple(tracer.to_bytes() for _, tracer in weighed)
+            for data in self._tracers:
+                TracerNetwork.from_bytes(data)
             places = [place for place, _ in weighed]
             self._chunks = [_Chunk(box, tracer=_home(box, places)) for box in boxes]
         # What the processes must load and build is done before anything is timed.

@@ -128,8 +128,8 @@ def run_task(
         if (reason := missing_reason(name, weights)) is not None:
             missing[name] = reason
             continue
-        if name == TRACED and not network_steps:
-            missing[name] = "only a network (--network-steps) can steer it"
+        if name == TRACED and (reason := _not_steered(weights, network_steps)) is not None:
+            missing[name] = reason
             continue
         weighed = WEIGHED.get(name)
         by = None if weighed is None else weighed(halves, voxels)
@@ -207,6 +207,14 @@ def _looked_at(
         found = [Found.of(task, tracer, features) for tracer in half.tracers]
         figures.append(np.mean([_figures(one, half.known) for one in found], axis=0))
     return np.concatenate(figures), found[0].shown
+
+
+def _not_steered(weights: Weights | None, network_steps: int) -> str | None:
+    if not network_steps:
+        return "only a network (--network-steps) can steer it"
+    if weights is not None and weights.config.analysis is not None:
+        return "the analysis of its weights is not linear"
+    return None
 
 
 def _membranes(halves: Sequence[_Half], volume: Volume) -> npt.NDArray[np.float32]:

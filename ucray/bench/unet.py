@@ -34,6 +34,7 @@ from ucray.codec.tracer import (
     fewer_bits,
     padded,
 )
+from ucray.errors import WeightsError
 
 APART_WEIGHT = 0.1
 """Of each pair of voxels apart in the loss, where membranes have 1."""
@@ -191,6 +192,8 @@ def _taught(network: TaughtNetwork, crops: Crops, steps: int, watch: Watch) -> M
             for mean, now in zip(kept.parameters(), parameters, strict=True):
                 mean.lerp_(now, share)
         watch(step + 1)
+    if not all(tensor.isfinite().all() for tensor in kept.parameters()):
+        raise WeightsError("what a network learnt is no number: its training diverged")
     return kept.membranes_alone()
 
 

@@ -75,13 +75,14 @@ def run_pilot(plan: CompressPlan, weights: Weights, device: str, listener: Liste
     # What is loaded and built at the first chunk is not a job's speed.
     encoder.encode(chunks[0], measured.quality, places[0])
     weighing = Weighing.of(plan, encoder)
+    near = [] if weighing is None else [weighing.near(box) for box in boxes]
     if weighing is not None:
-        weighing.look(encoder.prepare(chunks[:1])[0], boxes[0])
+        weighing.look(encoder.prepare(chunks[:1])[0], boxes[0], near[0])
     started = time.perf_counter()
     prepared = encoder.prepare(chunks, places)
     if weighing is not None:
         mean = measured.importance_mean
-        looks = [weighing.look(one, box) for one, box in zip(prepared, boxes, strict=True)]
+        looks = [weighing.look(*one) for one in zip(prepared, boxes, near, strict=True)]
         prepared = [weighing.weighed(one, look, mean) for one, look in zip(prepared, looks, strict=True)]
         prepared = [
             weighing.steered(one, look, measured.quality, mean)

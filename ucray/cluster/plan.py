@@ -28,7 +28,7 @@ NETWORK_MEMORY = 1536 * 2**20
 """Bytes an encode worker holds whatever the shard: interpreter, torch, networks, one chunk's features."""
 
 TRACER_MEMORY = 512 * 2**20
-"""Bytes that steering a chunk by a tracer takes beside that: 350 MiB at most, of any chunk shape."""
+"""Bytes that steering a chunk by a tracer takes beside that: at most 350 MiB were seen, of its tiles."""
 
 COPIES = 3
 """Copies of a shard's voxels that live at once in an encode worker: block, array, drafts."""
@@ -213,7 +213,10 @@ def plan_compress(
             f"{asked_for} spreads errors, and a bound holds for every voxel: give one of them"
         )
     if tracer is not None and config.analysis is not None:
-        raise SettingsError("--traced-by weighs latents that are linear, and those of these weights are not")
+        raise SettingsError(
+            "--traced-by takes weights whose analysis is linear, as that of the shipped ones is; "
+            "train others first and give them with --weights"
+        )
     if not options.exact_fill:
         volume = volume.without_fill()
     region = Box((0, 0, 0), volume.shape) if options.roi is None else parse_box(options.roi, volume.shape)

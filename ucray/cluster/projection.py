@@ -20,6 +20,7 @@ from ucray.cluster.plan import (
 )
 from ucray.cluster.rate import SAMPLED_CHUNKS
 from ucray.cluster.telemetry import Listener, ignore
+from ucray.cluster.weighing import seen_around
 from ucray.settings import TrainingConfig
 from ucray.storage.archive import check_same, find_archive
 from ucray.storage.objects import open_objects
@@ -194,7 +195,9 @@ def _shard_reads(plan: CompressPlan) -> int:
 
 def _measuring_reads(plan: CompressPlan) -> int:
     """GET requests that measuring the volume takes."""
-    boxes = [plan.source_box(box) for box in sample_chunk_boxes(plan.grid, SAMPLED_CHUNKS)]
+    sample = sample_chunk_boxes(plan.grid, SAMPLED_CHUNKS)
+    seen = [] if plan.tracer is None else [seen_around(plan, box) for box in sample]
+    boxes = [plan.source_box(box) for box in (*sample, *seen)]
     return sum(
         math.prod(
             _touched(span, cell)

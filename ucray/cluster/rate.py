@@ -94,7 +94,7 @@ def measure_volume(plan: CompressPlan, weights: Weights, device: str, listener: 
     mean = 1.0
     if weighing is not None:
         for one, box in zip(prepared, boxes, strict=True):
-            looks.append(weighing.look(one, box))
+            looks.append(weighing.look(one, box, weighing.near(box)))
             listener(Event("measure", next(steps), total))
         mean = weighing.mean(looks)
         prepared = [weighing.weighed(one, look, mean) for one, look in zip(prepared, looks, strict=True)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from ucray.cluster.plan import CompressPlan
 from ucray.codec.encoder import ChunkEncoder, Prepared
@@ -18,6 +19,13 @@ from ucray.storage.importance import ImportanceMap
 
 Look = Weights | View
 """What weighs the errors of a chunk: a map's cells (z, y, x), or what a tracer sees."""
+
+
+def seen_around(plan: CompressPlan, box: Box) -> Box:
+    """What a tracer sees of a chunk in `box` of the region: a worker holds one shard, and nothing beyond."""
+    grid = plan.grid
+    index = triple(start // size for start, size in zip(box.start, grid.shard, strict=True))
+    return box.grown(SEEN).common(grid.shard_box(index))
 
 
 @dataclass(frozen=True)
@@ -34,18 +42,19 @@ class Weighing:
             return cls(plan, Steering(encoder, TracerNetwork.from_bytes(plan.tracer.read())))
         return None if plan.importance is None else cls(plan, plan.importance)
 
-    def look(self, prepared: Prepared, box: Box) -> Look | None:
-        """At a chunk in `box` of the region; a tracer does not look where there is nothing but fill."""
+    def near(self, box: Box) -> npt.NDArray[np.generic]:
+        """What must be read to look at a chunk in `box` of the region: a map's cells, or voxels around it."""
         if isinstance(self.way, ImportanceMap):
             return self.way.cells(self.plan.source_box(box))
+        return self.plan.volume.read(self.plan.source_box(seen_around(self.plan, box)))
+
+    def look(self, prepared: Prepared, box: Box, near: npt.NDArray[np.generic]) -> Look | None:
+        """At a chunk in `box` of the region; a tracer does not look where there is nothing but fill."""
+        if not isinstance(self.way, Steering):
+            return near.astype(np.float32, copy=False)
         if not prepared.neural:
             return None
-        grid = self.plan.grid
-        # A worker holds one shard, and sees no voxels beyond it.
-        index = triple(start // size for start, size in zip(box.start, grid.shard, strict=True))
-        around = box.grown(SEEN).common(grid.shard_box(index))
-        voxels = self.plan.volume.read(self.plan.source_box(around))
-        return self.way.view(voxels, box.relative_to(around))
+        return self.way.view(near, box.relative_to(seen_around(self.plan, box)))
 
     def mean(self, looks: Sequence[Look | None]) -> float:
         """The mean weight of chunks that were looked at; raises SettingsError if that is zero."""

@@ -221,7 +221,8 @@ class ChunkEncoder:
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """What makes weights of a chunk's latents."""
-        return Sensitivity(self._analysis, self.format.shape)
+        with one_thread(self.device):
+            return Sensitivity(self._analysis, self.format.shape)
 
     def pack(self, draft: Draft | None) -> Packed:
         """Second half of encoding."""

@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ucray.codec.fill import Mask
 from ucray.codec.importance import Weights
 from ucray.codec.linear import LinearAnalysis
 from ucray.codec.threads import one_thread
 from ucray.codec.tracer import TracerNetwork
-from ucray.grid import Box, Shape3
+from ucray.grid import Box, Shape3, triple
 
 Gradients = npt.NDArray[np.float32]
 """Of one number for each draw of signs, along voxels: (draws, z, y, x)."""
@@ -41,23 +42,34 @@ class Sensitivity:
     def __init__(self, analysis: LinearAnalysis, chunk: Shape3) -> None:
         self._analysis = analysis
         self._chunk = chunk
-        noise = torch.randn(NOISE_CHUNKS, 1, *chunk, generator=torch.Generator().manual_seed(0))
-        self._size = self._squares(noise).mean(axis=(0, 1, 2))
+        random = torch.Generator().manual_seed(0)
+        # One by one: a chunk may be large.
+        noise = (torch.randn(1, 1, *chunk, generator=random) for _ in range(NOISE_CHUNKS))
+        self._size = sum(self._squares(one).mean(axis=(0, 1, 2)) for one in noise) / NOISE_CHUNKS
 
-    def of(self, gradients: Gradients) -> Weights:
+    def of(self, gradients: Gradients, filled: Mask) -> Weights:
         """Weights (z, y, x, latents) from gradients (draws, z, y, x) of a chunk, or of what there is of it.
 
-        They are 1 for gradients of white noise of deviation 1.
+        They are 1 for gradients of white noise of deviation 1. Errors of voxels that are `filled` (z, y, x)
+        never show. Cells of nothing else, or beyond the volume, weigh as others do on the mean.
         """
-        missing = [(0, c - n) for n, c in zip(gradients.shape[1:], self._chunk, strict=True)]
-        whole = np.pad(gradients, [(0, 0), *missing])
+        inside = tuple(slice(n) for n in filled.shape)
+        shown = np.zeros(self._chunk, bool)
+        shown[inside] = ~filled
+        whole = np.zeros((len(gradients), *self._chunk), np.float32)
+        whole[:, *inside] = gradients * ~filled
         found: Weights = np.sqrt(self._squares(torch.from_numpy(whole)[:, None]) / self._size)
+        kept = _any_in_cells(shown, triple(iter(found.shape[:3])))
+        if kept.any():
+            found[~kept] = found[kept].mean(axis=0)
         return found
 
-    def seen_by(self, tracer: TracerNetwork, voxels: npt.NDArray[np.generic], box: Box) -> Weights:
+    def seen_by(
+        self, tracer: TracerNetwork, voxels: npt.NDArray[np.generic], box: Box, filled: Mask
+    ) -> Weights:
         """Weights (z, y, x, latents) of a chunk in a box of voxels (z, y, x), which are seen around it."""
         with one_thread(next(self._analysis.parameters()).device):
-            return self.of(tracer.gradients(voxels, box, draws=DRAWS, seed=SEED))
+            return self.of(tracer.gradients(voxels, box, draws=DRAWS, seed=SEED), filled)
 
     def along(self, gradient: npt.NDArray[np.float32]) -> Weights:
         """A gradient (z, y, x) of a chunk, or of what there is of it, along latents (z, y, x, latents)."""
@@ -72,3 +84,9 @@ class Sensitivity:
             along = self._analysis.latents(gradients.to(next(self._analysis.parameters()).device))
             squares = along.float().square().mean(dim=0).permute(1, 2, 3, 0)
         return np.asarray(squares.cpu().numpy())
+
+
+def _any_in_cells(mask: Mask, cells: Shape3) -> Mask:
+    """Whether anything of a mask (z, y, x) is set in each of so many cells."""
+    split = [n for size, count in zip(mask.shape, cells, strict=True) for n in (count, size // count)]
+    return np.asarray(mask.reshape(split).any(axis=(1, 3, 5)))

@@ -57,7 +57,9 @@ class Steering:
         """
         around = box.grown(SEEN).clipped(triple(iter(voxels.shape)))
         voxels, box = voxels[around.slices], box.relative_to(around)
-        return View(voxels, box, _numbers(self._encoder.sensitivity.seen_by(self._tracer, voxels, box)))
+        filled = fill_mask(voxels[box.slices], self._encoder.format.fill_value)
+        found = self._encoder.sensitivity.seen_by(self._tracer, voxels, box, filled)
+        return View(voxels, box, _numbers(found))
 
     def steered(self, prepared: Prepared, view: View, quality: int, mean: float) -> Prepared:
         """A prepared and weighed chunk, steered where the volume's quality is `quality`.
@@ -85,6 +87,7 @@ class Steering:
             decoded = encoder.decoded(replace(prepared, shift=shift), latents, quality)[inside]
             seen[view.box.slices] = np.where(filled, prepared.voxels, decoded)
             gradient = self._tracer.distance_gradient(scenes, seen, view.box)
+            gradient[filled] = 0.0
             shift -= np.float32(rate) * encoder.sensitivity.along(gradient) / curvature
         return replace(prepared, shift=_numbers(shift))
 

@@ -42,6 +42,9 @@ GROUPS = 8
 TILE: Shape3 = (80, 80, 80)
 """Voxels of which gradients are found together, which takes 350 MiB; a multiple of STRIDE."""
 
+FLAT_TILE: Shape3 = (24, 80, 80)
+"""The same where sections are looked at one by one: their cells are as many as there are sections."""
+
 SEEN = 8
 """Voxels around these, and a multiple of STRIDE too: what lies further off hardly says more of them."""
 
@@ -124,13 +127,19 @@ class Normaliser:
 
     @classmethod
     def of(cls, volume: npt.NDArray[np.generic]) -> Normaliser:
-        """As suits a volume."""
-        return cls(float(volume.mean()), float(volume.std()) or 1.0)
+        """As suits a volume, of which some voxels may be no numbers."""
+        whole = np.issubdtype(volume.dtype, np.integer)
+        numbers = volume if whole else volume[np.isfinite(volume)]
+        if not numbers.size:
+            return cls(0.0, 1.0)
+        return cls(float(numbers.mean(dtype=np.float64)), float(numbers.std(dtype=np.float64)) or 1.0)
 
     def normalised(self, volume: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-        """A volume, or another one in its units."""
-        values = (volume.astype(np.float32) - np.float32(self.offset)) / np.float32(self.scale)
-        return values.astype(np.float32)
+        """A volume, or another one in its units; what is no number is taken for the mean."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = (volume.astype(np.float32) - np.float32(self.offset)) / np.float32(self.scale)
+        values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+        return np.asarray(np.clip(values, -LARGEST_VOXEL, LARGEST_VOXEL), np.float32)
 
 
 @dataclass(frozen=True)
@@ -154,13 +163,13 @@ class TracerNetwork:
     ) -> npt.NDArray[np.float32]:
         """What `sign_gradients` says of a box of voxels (z, y, x), which is seen with what lies around it."""
         around = box.grown(SEEN).clipped(triple(iter(voxels.shape)))
-        seen = self.seen(voxels[around.slices])
+        seen = self.normaliser.normalised(voxels[around.slices])
         return sign_gradients(self.network, seen, box.relative_to(around), draws=draws, seed=seed)
 
     def scenes(self, voxels: npt.NDArray[np.generic], box: Box) -> list[Scene]:
         """What is found in and around a box of voxels (z, y, x), tile by tile."""
         found = []
-        for tile, around in tiles(box, triple(iter(voxels.shape))):
+        for tile, around in tiles(self.network, box, triple(iter(voxels.shape))):
             with torch.inference_mode():
                 angles = self._angles(self._input(voxels[around.slices]))
             found.append(Scene(tile, around, angles.clone()))
@@ -183,20 +192,13 @@ class TracerNetwork:
             found[scene.tile.relative_to(box).slices] = gradient[0, 0].cpu().numpy()[inside]
         return found
 
-    def seen(self, voxels: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-        """Normalised voxels; what is no number is taken for the mean."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            seen = self.normaliser.normalised(voxels)
-        return np.clip(np.nan_to_num(seen, posinf=0.0, neginf=0.0), -LARGEST_VOXEL, LARGEST_VOXEL)
-
     def _input(self, voxels: npt.NDArray[np.generic]) -> Tensor:
-        seen = torch.from_numpy(np.ascontiguousarray(self.seen(voxels)))[None, None]
-        return padded(seen.to(next(self.network.parameters()).device))
+        seen = torch.from_numpy(np.ascontiguousarray(self.normaliser.normalised(voxels)))[None, None]
+        return seen.to(next(self.network.parameters()).device)
 
     def _angles(self, x: Tensor) -> Tensor:
         """Angles asin(sqrt(p)), from 0 to pi / 2, of the probabilities in voxels."""
-        with fewer_bits(x.device.type):
-            logits = self.network(x).float()
+        logits = _logits(self.network, x)
         return torch.as_tensor((0.5 * logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)).exp().atan())
 
     def to(self, device: str) -> TracerNetwork:
@@ -223,7 +225,7 @@ class TracerNetwork:
             length = int.from_bytes(data[:8], "little")
             header = json.loads((json.loads(data[8 : 8 + length]).get("__metadata__") or {})[FORMAT])
             flat, offset, scale = bool(header["flat"]), float(header["offset"]), float(header["scale"])
-        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise WeightsError(f"no tracer, or a damaged one: not a safetensors file of {FORMAT}") from None
         if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0.0):
             raise WeightsError("the tracer is damaged: its units are no positive numbers")
@@ -251,12 +253,11 @@ def sign_gradients(
     device = next(network.parameters()).device
     found = np.empty((draws, *box.shape), np.float32)
     signs = torch.Generator().manual_seed(seed)
-    for tile, around in tiles(box, shape):
+    for tile, around in tiles(network, box, shape):
         inside = tile.relative_to(around).slices
         seen = np.ascontiguousarray(voxels[around.slices])
-        x = padded(torch.from_numpy(seen)[None, None].to(device)).requires_grad_()
-        with fewer_bits(device.type):
-            logits = network(x).float()
+        x = torch.from_numpy(seen)[None, None].to(device).requires_grad_()
+        logits = _logits(network, x)
         probability = logits.detach().sigmoid()
         deviation = (probability * (1.0 - probability)).sqrt()
         for draw in range(draws):
@@ -267,11 +268,18 @@ def sign_gradients(
     return found
 
 
-def tiles(box: Box, shape: Shape3) -> Iterator[tuple[Box, Box]]:
-    """Tiles of a box of a volume, and each with what is seen around it."""
-    for part in blocks(box.shape, TILE):
+def tiles(network: MembraneNetwork, box: Box, shape: Shape3) -> Iterator[tuple[Box, Box]]:
+    """Tiles of a box of a volume, and each with what a network sees around it."""
+    for part in blocks(box.shape, FLAT_TILE if network.flat else TILE):
         tile = part.shifted(box.start)
         yield tile, tile.grown(SEEN).clipped(shape)
+
+
+def _logits(network: MembraneNetwork, x: Tensor) -> Tensor:
+    """What a network says of voxels (1, 1, z, y, x) of any shape, in as many."""
+    with fewer_bits(x.device.type):
+        logits = network(padded(x)).float()
+    return torch.as_tensor(logits[(..., *(slice(n) for n in x.shape[2:]))])
 
 
 def padded(x: Tensor) -> Tensor:

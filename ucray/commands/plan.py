@@ -105,6 +105,10 @@ def plan(
     if max_seg_loss is not None and labels is not None:
         if (ratio, psnr, max_error, lossless) != (None, None, None, False):
             raise typer.BadParameter("--max-seg-loss chooses the ratio; give no other target")
+        if importance is not None or traced_by is not None:
+            raise typer.BadParameter(
+                "--max-seg-loss traces what is coded without --importance and --traced-by; give neither"
+            )
         tracing = Tracing(
             source,
             labels,
