@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +118,18 @@ def failure(error: Exception, job: str) -> UcrayError:
 def _nodes() -> list[dict[str, Any]]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return nodes
+
+
+def works_elsewhere() -> bool:
+    """Whether Ray may place a worker on another machine than this one."""
+    here = ray.get_runtime_context().get_node_id()
+    return any_elsewhere([node for node in _nodes() if node["Alive"]], here)
+
+
+def any_elsewhere(nodes: Sequence[Mapping[str, Any]], here: str) -> bool:
+    """Whether, of nodes as Ray lists them, any with cores is on another machine than node `here`, or none."""
+    (own,) = (node["NodeManagerAddress"] for node in nodes if node["NodeID"] == here)
+    return {node["NodeManagerAddress"] for node in nodes if node["Resources"].get("CPU", 0.0) > 0} != {own}
 
 
 BESIDE = 0.5

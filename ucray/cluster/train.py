@@ -32,7 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ucray.cluster.ingest import one_row, voxels_of
 from ucray.cluster.lessons import Lesson, lesson_of, prepare_lesson, tiles_of
 from ucray.cluster.plan import config_for
-from ucray.cluster.session import Resources, failure, resources
+from ucray.cluster.session import Resources, failure, resources, works_elsewhere
 from ucray.cluster.telemetry import Event, Listener
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.weights import Weights
@@ -131,7 +131,8 @@ def train(
     Raises
     ------
     SettingsError
-        If the volume is smaller than a chunk, or `start` does not fit it.
+        If the volume is smaller than a chunk, `start` does not fit it, or a worker may run on another
+        machine and there is no `storage` for its checkpoints.
     SourceError
         If the volume cannot be read, or holds nothing but fill.
     JobError
@@ -139,6 +140,11 @@ def train(
     """
     if sizes.teacher_filter is not None and settings.teacher_steps == 0:
         raise SettingsError("--teacher-filter begins with nothing, and --train-steps 0 teaches it nothing")
+    if storage is None and works_elsewhere():
+        raise SettingsError(
+            "training on a cluster keeps its checkpoints where every node reaches them: "
+            "`ucray train --storage s3://...`, and compress with its --weights"
+        )
     shaped = start.config if start is not None else config_for(volume, large=large)
     if more_latents:
         shaped = replace(shaped, groups=(*shaped.groups, more_latents))
