@@ -231,6 +231,11 @@ def test_an_unreadable_source_chunk_fails_its_shards_and_no_others(
         assert (failed["shard"], failed["box"]) == ([1, 0, 1], "32:64,0:64,32:64")
         assert (archive / shard_key((0, 0, 1))).exists()
         assert begun.shards == 4
+    run = ucray.RunOptions(serial=True, failed_boxes=str(tmp_path / "nowhere" / "failed.json"))
+    with pytest.raises(
+        JobError, match=r"1 of 4 shards failed, and .*nowhere.* cannot be written .*No such file"
+    ):
+        ucray.compress(str(path), str(tmp_path / "serial"), options, weights=weights_file, run_options=run)
 
 
 @pytest.mark.parametrize("serial", [True, False], ids=["serial", "ray"])

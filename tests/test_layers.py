@@ -39,7 +39,6 @@ FLOORS = {
     "ucray.console": (6, 1),
     "ucray.commands": (6, 2),
     "ucray.cli": (6, 3),
-    "ucray.__main__": (7, 0),
 }
 """Floor, and step within it; a module imports only from below and from its own package."""
 

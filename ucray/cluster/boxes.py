@@ -11,12 +11,19 @@ from ucray.errors import SettingsError
 from ucray.grid import Shape3, triple
 
 
-def write_boxes(plan: CompressPlan, errors: Mapping[Shape3, str], path: str) -> None:
-    """Write shards of a plan with their boxes in the source and what stopped them, as JSON."""
+def write_boxes(plan: CompressPlan, errors: Mapping[Shape3, str], path: str) -> str:
+    """Write shards of a plan with their boxes in the source and what stopped them, as JSON; says where.
+
+    Where the file cannot be written, it says why: what was lost is the list alone.
+    """
     listed = [
         {"shard": list(index), "box": _box(plan, index), "error": error} for index, error in errors.items()
     ]
-    Path(path).write_text(json.dumps(listed, indent=1) + "\n")
+    try:
+        Path(path).write_text(json.dumps(listed, indent=1) + "\n")
+    except OSError as error:
+        return f"and {path} cannot be written to list them ({error.strerror})"
+    return f"listed in {path}"
 
 
 def read_boxes(plan: CompressPlan, path: str) -> frozenset[Shape3]:

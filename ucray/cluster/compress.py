@@ -187,9 +187,9 @@ def run(
     if left:
         # Failed is never done: what is missing is listed in a file, and said.
         missed = {index: errors.get(index, "not reached") for index in missing if index in left}
-        write_boxes(plan, missed, options.failed_boxes)
+        listed = write_boxes(plan, missed, options.failed_boxes)
         raise JobError(
-            f"{len(missed)} of {plan.shard_count} shards failed, listed in {options.failed_boxes}; "
+            f"{len(missed)} of {plan.shard_count} shards failed, {listed}; "
             f"the first: {next(iter(missed.values()))}; the same command does what is missing"
         )
     # What other shards there are to do was not asked for.
