@@ -124,6 +124,8 @@ def test_verify_sees_a_level_that_was_changed(archive: str, tmp_path: Path) -> N
     metadata = tmp_path / "a" / "2" / "zarr.json"
     metadata.write_text(metadata.read_text().replace('"factors":[4,4,4]', '"factors":[4,4,5]'))
     assert not ucray.verify(str(tmp_path / "a"), serial=True).clean
+    metadata.write_text(metadata.read_text()[:40])
+    assert not ucray.verify(str(tmp_path / "a"), serial=True).clean
 
 
 def test_the_group_is_valid_ome_zarr_and_says_where_levels_lie(archive: str) -> None:
@@ -245,6 +247,15 @@ def test_at_a_whole_scale_voxels_are_plain_means(extent: int, scale: int) -> Non
 def test_at_scale_one_nothing_changes() -> None:
     voxels = np.random.default_rng(0).integers(0, 65535, (5, 6, 300)).astype(np.uint16)
     np.testing.assert_array_equal(_resampled(voxels, Box((0, 0, 0), (5, 6, 300)), (1.0, 1.0, 1.0)), voxels)
+
+
+def test_what_is_no_number_is_left_out_of_averages() -> None:
+    values = np.arange(16, dtype=np.float32).reshape(2, 2, 4)
+    values[0, 0, 0], values[0, 0, 1], values[:, :, 2:] = np.nan, np.inf, np.nan
+    whole = Box((0, 0, 0), values.shape)
+    np.testing.assert_array_equal(_resampled(values, whole, (1.0, 1.0, 1.0)), values)
+    found = _resampled(values, Box((0, 0, 0), (1, 1, 2)), (2.0, 2.0, 2.0))
+    np.testing.assert_allclose(found, [[[float(np.mean([4, 5, 8, 9, 12, 13])), np.nan]]])
 
 
 def test_at_a_broken_scale_voxels_share_what_they_share() -> None:

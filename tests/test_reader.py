@@ -23,7 +23,7 @@ from object_store import ObjectStore
 from PIL import Image
 
 import ucray
-from ucray.errors import ArchiveError, SettingsError
+from ucray.errors import ArchiveError, CredentialsError, SettingsError, StorageError
 
 SHAPE = (40, 50, 70)
 
@@ -132,6 +132,16 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     zarr.create_group(tmp_path / "plain").create_array("0", shape=(4, 4, 4), dtype="uint8")
     with pytest.raises(ArchiveError, match="no ucray archive"):
         ucray.open(str(tmp_path / "plain"))
+
+
+def test_a_store_that_does_not_serve_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:1/a cannot be read"):
+        ucray.open("http://127.0.0.1:1/a")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(CredentialsError, match="no credentials for s3://lab/a"):
+        ucray.open("s3://lab/a")
 
 
 def test_an_archive_is_opened_on_an_object_store(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import ucray
 from ucray.cli import app
 from ucray.errors import ArchiveError, DestinationError, SettingsError
 from ucray.report import WORST, survey_of, write_report
-from ucray.storage.archive import open_archive
+from ucray.storage.archive import WEIGHTS_KEY, open_archive
 from ucray.storage.volume import open_volume
 
 SHAPE = (48, 64, 80)
@@ -68,6 +69,23 @@ def test_the_figures_are_those_of_the_archive(folder: Path, page: str) -> None:
     assert rows["source"].endswith("em.zarr")
     assert f"ucray {ucray.__version__}, torch " in rows["versions"]
     assert "command" in rows
+
+
+def test_weights_that_are_kept_beside_the_shards_are_no_bytes_of_the_volume(
+    folder: Path, page: str, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "em<i>.ucray", tmp_path / "a")
+    (tmp_path / "a" / WEIGHTS_KEY).parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "tiny.safetensors", tmp_path / "a" / WEIGHTS_KEY)
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "a"), "-o", str(tmp_path / "r.html")])
+    assert done.exit_code == 0, done.output
+    before, after = (
+        dict(re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", text))
+        for text in (page, (tmp_path / "r.html").read_text())
+    )
+    assert after["ratio"] == before["ratio"]
+    assert after["stored"].split(" and ")[0] == before["stored"].split(" and ")[0]
+    assert after["stored"] != before["stored"]
 
 
 def test_the_page_needs_no_other_file(page: str) -> None:

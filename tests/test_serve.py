@@ -32,7 +32,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import ucray
 from ucray.errors import ArchiveError, SettingsError
 from ucray.serve.cache import BusyError, ChunkCache, Payload
-from ucray.serve.gateway import Limits
+from ucray.serve.gateway import Limits, gateway
+from ucray.serve.scales import Image
 from ucray.serve.start import application
 from ucray.storage.space import Space
 from ucray.storage.volume import open_volume
@@ -276,6 +277,33 @@ def test_damage_is_said_and_not_shown(folder: Path, tmp_path: Path) -> None:
         answer = httpx.get(f"{url}/{CHUNK}")
     assert answer.status_code == 502
     assert len(answer.text.splitlines()) == 1
+
+
+def test_a_shard_that_is_missing_is_no_fill(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "em.ucray", tmp_path / "a")
+    first = tmp_path / "a" / "0" / "c" / "0" / "0" / "0"
+    first.rename(tmp_path / "shard")
+    with served(application(str(tmp_path / "a"), None, Limits(), None)) as url:
+        answer = httpx.get(f"{url}/compressed/zarr/0/c/0/0/0")
+        assert (answer.status_code, "lacks 0/c/0/0/0" in answer.text) == (502, True)
+        (tmp_path / "shard").rename(first)
+        assert httpx.get(f"{url}/compressed/zarr/0/c/0/0/0").status_code == 200
+
+
+def test_precomputed_begins_below_zero_where_the_volume_does() -> None:
+    voxels = np.random.default_rng(0).integers(0, 255, (20, 30, 40)).astype(np.uint8)
+    space = Space((8.0, 8.0, 8.0), (0.0, -80.0, -400.0), "nanometer")
+    image = Image(
+        "compressed", voxels.shape, "uint8", 0.0, (16, 16, 16), space, ((1, 1, 1),),
+        lambda box: voxels[box.slices],
+    )  # fmt: skip
+    with served(gateway([image], {}, Limits())) as url:
+        spec = {"driver": "neuroglancer_precomputed", "kvstore": f"{url}/compressed/precomputed/"}
+        store = tensorstore.open(spec, open=True, read=True).result()
+        assert list(store.domain.inclusive_min) == [-50, -10, 0, 0]
+        found = store.read().result()[..., 0].transpose(2, 1, 0)
+        np.testing.assert_array_equal(found, voxels)
+        assert httpx.get(f"{url}/compressed/precomputed/0/-50--34_-10-6_0-17").status_code == 404
 
 
 def _cache(budget: int, threads: int = 1, waiting: int = 100) -> ChunkCache:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -192,6 +193,56 @@ def test_sections_of_other_sizes_are_refused(tmp_path: Path) -> None:
     Image.fromarray(U8[0, :5]).save(tmp_path / "section_9.tif")
     with pytest.raises(SourceError, match=r"section_9\.tif is \(5, 11\)"):
         open_volume(case.url).read(Box((0, 0, 0), (9, 2, 2)))
+
+
+def test_a_stack_of_files_with_more_than_a_section_each_is_refused(tmp_path: Path) -> None:
+    for number in range(2):
+        tifffile.imwrite(tmp_path / f"part_{number}.tif", U8[:3], photometric="minisblack")
+    with pytest.raises(SourceError, match=r"part_0\.tif has 3 pages"):
+        open_volume(str(tmp_path))
+
+
+def test_a_scale_is_known_by_the_group_that_lists_it(tmp_path: Path) -> None:
+    """Whoever names it: below the group's own folder, by its own place, with a slash too many."""
+    group = zarr.open_group(tmp_path / "v.zarr", mode="w").create_group("em")
+    group.create_array("deep/s0", data=np.zeros((10, 11, 12), np.uint8))
+    axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "xyz"]
+    transforms = [{"type": "scale", "scale": [4.0, 4.0, 40.0]}]
+    datasets: Any = [{"path": "deep/s0", "coordinateTransformations": transforms}]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    root = tmp_path / "v.zarr"
+    named: list[tuple[Path, str | None]] = [
+        (root / "em", None),
+        (root, "em/deep/s0"),
+        (root / "em", "/deep/s0/"),
+    ]
+    named += [(root / "em" / "deep" / "s0", None), (root / "em" / "deep", "s0")]
+    for place, array in named:
+        volume = open_volume(str(place), array)
+        assert volume.space == Space((40.0, 4.0, 4.0), unit="nanometer")
+        assert volume.shape == (12, 11, 10)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "space"),
+    [
+        ({"resolution": 8.0}, Space((8.0, 8.0, 8.0), unit="nanometer")),
+        ({"resolution": [40, 4, 4], "units": "nm"}, Space((40.0, 4.0, 4.0), unit="nanometer")),
+        ({"voxel_size": [0.04, 0.004, 0.004], "units": "um"}, Space((0.04, 0.004, 0.004), unit="micrometer")),
+        (
+            {"resolution": [0.04, 4, 4], "units": ["um", "nm", "nanometer"], "offset": [1, 8, 0]},
+            Space((40.0, 4.0, 4.0), (1000.0, 8.0, 0.0), "nanometer"),
+        ),
+        ({"resolution": "high"}, Space()),
+        ({"resolution": ["a", "b", "c"]}, Space()),
+        ({"resolution": [4, 4]}, Space()),
+        ({"voxel_size": None, "resolution": [2, 2, float("nan")]}, Space()),
+    ],
+)
+def test_voxel_sizes_as_tools_write_them(attributes: dict[str, Any], space: Space, tmp_path: Path) -> None:
+    array = zarr.create_array(tmp_path / "a.zarr", data=np.zeros((3, 4, 5), np.uint8))
+    array.attrs.update(attributes)
+    assert open_volume(str(tmp_path / "a.zarr")).space == space
 
 
 def test_a_pattern_picks_sections(tmp_path: Path) -> None:

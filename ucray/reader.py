@@ -10,7 +10,8 @@ import base64
 import html
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ucray.codec.chunk import Voxels
-from ucray.errors import ArchiveError, SettingsError
-from ucray.grid import Box, Shape3, triple
+from ucray.errors import ArchiveError, SettingsError, StorageError
+from ucray.grid import Box, Grid, Shape3, triple
 from ucray.loading import nothing_collected
 from ucray.resample import Scale3, scaled_shape, tiles
-from ucray.storage.index import ARRAY
+from ucray.storage.index import ARRAY, shard_key
 from ucray.storage.local import LocalArchive
 from ucray.storage.space import SPATIAL, multiscale_of, multiscale_space
 
@@ -48,6 +49,8 @@ def open(url: str, storage_options: Mapping[str, Any] | None = None) -> Reader:
     ------
     ArchiveError
         If there is no archive.
+    StorageError, CredentialsError
+        If the store does not serve.
     """
     options = dict(storage_options or {})
     with nothing_collected():
@@ -55,6 +58,27 @@ def open(url: str, storage_options: Mapping[str, Any] | None = None) -> Reader:
         # What is no archive is found out now, and not by the first cutout.
         _ = opened.settings, opened.shape
     return opened
+
+
+@contextmanager
+def _answered(url: str) -> Iterator[None]:
+    """Turn what a store raises into one of ours, in one line."""
+    if url.startswith("s3://"):
+        # Whoever reads from S3 has loaded what this loads.
+        from ucray.storage.objects import translated
+
+        with translated(url):
+            yield
+        return
+    failures: tuple[type[Exception], ...] = (OSError,)
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        failures = (OSError, aiohttp.ClientError)
+    try:
+        yield
+    except failures as error:
+        raise StorageError(f"{url} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def no_archive(url: str) -> ArchiveError:
@@ -125,10 +149,11 @@ class Reader:
         import zarr
         import zarr.errors
 
-        try:
-            return zarr.open_group(self.url, mode="r", storage_options=dict(self.storage_options) or None)
-        except (FileNotFoundError, zarr.errors.BaseZarrError, ValueError, TypeError):
-            raise no_archive(self.url) from None
+        with _answered(self.url):
+            try:
+                return zarr.open_group(self.url, mode="r", storage_options=dict(self.storage_options) or None)
+            except (FileNotFoundError, zarr.errors.BaseZarrError, ValueError, TypeError):
+                raise no_archive(self.url) from None
 
     @cached_property
     def array(self) -> zarr.Array[Any]:
@@ -136,11 +161,12 @@ class Reader:
         import zarr
         import zarr.errors
 
-        try:
-            # zarr loads the codec when it meets its name.
-            array = self.group[ARRAY]
-        except (FileNotFoundError, zarr.errors.BaseZarrError, KeyError, ValueError, TypeError):
-            raise no_archive(self.url) from None
+        with _answered(self.url):
+            try:
+                # zarr loads the codec when it meets its name.
+                array = self.group[ARRAY]
+            except (FileNotFoundError, zarr.errors.BaseZarrError, KeyError, ValueError, TypeError):
+                raise no_archive(self.url) from None
         if not isinstance(array, zarr.Array):
             raise no_archive(self.url)
         return array
@@ -195,8 +221,48 @@ class Reader:
         return self.read(box)[within]
 
     def read(self, box: Box) -> Voxels:
-        """Voxels of a box that lies in the volume."""
-        return np.asarray(self.array[box.slices]) if self.local is None else self.local.read(box)
+        """Voxels of a box that lies in the volume; what is in a missing shard is fill, as zarr has it.
+
+        Raises
+        ------
+        ArchiveError
+            If a shard or a chunk is damaged.
+        StorageError, CredentialsError
+            If the store does not serve.
+        """
+        if self.local is not None:
+            return self.local.read(box)
+        with _answered(self.url):
+            return np.asarray(self.array[box.slices])
+
+    def check(self, box: Box) -> None:
+        """Raise ArchiveError if a shard that a box touches is missing; none is asked for twice."""
+        for shard in {shard for shard, *_ in self._grid.chunks_of(box)} - self._present:
+            key = shard_key(shard)
+            if not self._holds(key):
+                raise ArchiveError(f"{self.url} lacks {key}: it was not written yet, or was lost")
+            self._present.add(shard)
+
+    def _holds(self, key: str) -> bool:
+        if self.local is not None:
+            return (self.local.folder / key).exists()
+        from zarr.core.sync import sync
+
+        place = self.group.store_path
+        with _answered(self.url):
+            return sync((place / key).exists())
+
+    @cached_property
+    def _present(self) -> set[Shape3]:
+        """Shards that were there."""
+        return set()
+
+    @cached_property
+    def _grid(self) -> Grid:
+        if self.local is not None:
+            return self.local.grid
+        chunks, shards = triple(iter(self.array.chunks)), self.array.shards
+        return Grid(self.shape, chunks, chunks if shards is None else triple(iter(shards)))
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Voxels:
         return np.asarray(self[...], dtype=dtype)

@@ -24,7 +24,7 @@ from ucray.grid import Box, Shape3, add, parse_box, triple
 from ucray.quality import ErrorSum
 from ucray.reader import Reader
 from ucray.reader import open as open_reader
-from ucray.storage.archive import Archive, open_archive
+from ucray.storage.archive import Archive, archive_bytes, open_archive
 from ucray.storage.volume import Volume
 
 LARGEST_MAP = 96
@@ -135,7 +135,7 @@ def survey_of(archive: Archive) -> Survey:
 def _figures(archive: Archive, survey: Survey) -> dict[str, str]:
     settings = archive.settings
     sizes = archive.sizes()
-    stored, weights = sum(sizes.values()) - archive.weights_size, archive.weights_size
+    stored, weights = archive_bytes(archive, sizes)
     planned = math.prod(settings.grid.shards)
     psnr = survey.error.psnr(settings.data_range)
     return {

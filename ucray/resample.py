@@ -32,14 +32,32 @@ class Tile:
     weights: tuple[Matrix, Matrix, Matrix]
 
     def of(self, voxels: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """The tile's voxels from those of its source box, in their dtype; whole numbers are rounded."""
+        """The tile's voxels from those of its source box, in their dtype; whole numbers are rounded.
+
+        Of voxels some of which are no finite numbers the others are averaged; of none is NaN.
+        """
+        if all(len(matrix) == n and (matrix == np.eye(n)).all() for matrix, n in self._axes(voxels)):
+            return np.ascontiguousarray(voxels)
         values = voxels.astype(np.float32)
-        for axis, matrix in enumerate(self.weights):
-            values = np.moveaxis(np.tensordot(matrix, values, (1, axis)), 0, axis)
+        finite = np.isfinite(values)
+        if finite.all():
+            values = self._averaged(values)
+        else:
+            shares = self._averaged(finite.astype(np.float32))
+            sums = self._averaged(np.where(finite, values, np.float32(0)))
+            values = np.divide(sums, shares, out=np.full_like(sums, np.nan), where=shares > 0)
         if np.issubdtype(voxels.dtype, np.integer):
             limits = np.iinfo(voxels.dtype.name)
             values = np.clip(np.rint(values), limits.min, limits.max)
         return np.ascontiguousarray(values, dtype=voxels.dtype)
+
+    def _axes(self, voxels: npt.NDArray[np.generic]) -> Iterator[tuple[Matrix, int]]:
+        return zip(self.weights, voxels.shape, strict=True)
+
+    def _averaged(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        for axis, matrix in enumerate(self.weights):
+            values = np.moveaxis(np.tensordot(matrix, values, (1, axis)), 0, axis)
+        return values
 
 
 def scaled_shape(shape: Shape3, scale: Scale3) -> Shape3:

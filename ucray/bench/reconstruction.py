@@ -31,17 +31,18 @@ def decoded_at(
     chunk: Shape3,
     ratios: Sequence[float],
     weighed: Weighed | None,
+    fill_value: float,
 ) -> Iterator[tuple[float, float, Volume]]:
     """Code a volume (z, y, x) with a codec that is there: ratio asked for, ratio, and what comes back.
 
     A peer is taken at its coarsest setting that spends no fewer bytes; what it cannot reach is left out.
-    Errors are `weighed` by ucray alone.
+    Errors are `weighed`, and voxels of the fill value come back exactly, by ucray alone.
     """
     if name in PEERS:
         yield from _peer(PEERS[name], volume, chunk, ratios)
         return
     assert weights is not None
-    with VolumeCodec(volume, weights, chunk, math.nan, weighed) as codec:
+    with VolumeCodec(volume, weights, chunk, fill_value, weighed) as codec:
         for wanted in ratios:
             coded = codec.encode(codec.quality_for(wanted))
             yield wanted, volume.nbytes / coded.nbytes, codec.decode(coded, OURS.get(name, "student"))

@@ -89,6 +89,7 @@ def run_task(
     codecs: Sequence[str] = (),
     ratios: Sequence[float],
     data_range: float,
+    fill_value: float = math.nan,
     tracers: int = 1,
     network_steps: int = 0,
     shelf: Shelf | None = None,
@@ -133,7 +134,7 @@ def run_task(
             continue
         weighed = WEIGHED.get(name)
         by = None if weighed is None else weighed(halves, voxels)
-        for wanted, ratio, decoded in decoded_at(name, voxels, weights, chunk, ratios, by):
+        for wanted, ratio, decoded in decoded_at(name, voxels, weights, chunk, ratios, by, fill_value):
             found, shown = _looked_at(task, halves, decoded)
             psnr = ErrorSum.between(voxels, decoded).psnr(data_range)
             scores += _scores(name, wanted, ratio, psnr, found, before)

@@ -28,6 +28,7 @@ from ucray.storage.archive import (
     WEIGHTS_KEY,
     Archive,
     ArchiveSettings,
+    archive_bytes,
     check_same,
     create_archive,
     find_archive,
@@ -236,12 +237,6 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
     if outcome.statistics is not None:
         figures |= {"bytes_in": outcome.statistics.bytes_in, "bytes_out": outcome.statistics.bytes_out}
     return figures
-
-
-def archive_bytes(archive: Archive, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """Bytes of an archive's objects of these sizes: (without weights, of weights)."""
-    weights = sizes.get(WEIGHTS_KEY, 0) + archive.weights_size
-    return sum(sizes.values()) - weights, weights
 
 
 def _report(

@@ -10,7 +10,7 @@ import numpy as np
 import zarr
 
 from ucray.cluster.boxes import read_boxes
-from ucray.cluster.compress import JobReport, archive_bytes, prepare, run
+from ucray.cluster.compress import JobReport, prepare, run
 from ucray.cluster.connection import Connection
 from ucray.cluster.decompress import Decompressed, decompress_archive
 from ucray.cluster.pipeline import RunOptions
@@ -27,7 +27,7 @@ from ucray.errors import DestinationError, SettingsError
 from ucray.grid import Shape3, parse_box
 from ucray.quality import ErrorSum
 from ucray.settings import TrainingConfig
-from ucray.storage.archive import open_archive
+from ucray.storage.archive import archive_bytes, open_archive
 from ucray.storage.importance import ImportanceMap
 from ucray.storage.objects import object_at, open_objects, open_writable_store, translated
 from ucray.storage.space import Space

@@ -53,6 +53,8 @@ class Tracing:
         Of the U-Net that finds membranes; none for a forest.
     networks
         Folder, or URL of one, of U-Nets that learnt before: they are taken, and others put there.
+    exact_fill
+        Whether ucray codes voxels of the volume's fill value as such.
     """
 
     source: str
@@ -64,10 +66,13 @@ class Tracing:
     tracers: int = 1
     network_steps: int = 0
     networks: str | None = None
+    exact_fill: bool = True
 
     def read(self) -> tuple[Volume, Box, Labelled]:
         """The volume, the region of it, and that with what is known to be there."""
         volume = self.connection.open(self.source)
+        if not self.exact_fill:
+            volume = volume.without_fill()
         region, voxels = read_region(volume, self.roi)
         place = open_volume(self.labels, None, self.connection.endpoint_url, dtypes=LABEL_DTYPES)
         known = _read_labels(place, volume, region)
@@ -97,6 +102,7 @@ class Tracing:
             codecs=codecs,
             ratios=ratios,
             data_range=data_range([known.voxels], volume.dtype, volume.fill_value),
+            fill_value=volume.fill_value,
             tracers=self.tracers,
             network_steps=self.network_steps,
             shelf=shelf,

@@ -86,6 +86,11 @@ def bench(
         raise typer.BadParameter("--membrane, --tracers and --network-steps go with --task")
     if networks is not None and not network_steps:
         raise typer.BadParameter("--networks goes with --network-steps")
+    if (device is not None or pipeline or levels is not None) and (codecs or chunk or not exact_fill):
+        raise typer.BadParameter(
+            "--codecs, --chunk and --no-exact-fill do not go with --pipeline, --device, --levels"
+        )
+    how: dict[str, Any]
     connection = Connection(endpoint_url, array, select)
     names = [name for name in codecs.split(",") if name]
     asked = parse_ratios(ratios)
@@ -100,10 +105,11 @@ def bench(
         _levels(source, output, loaded, levels, asked, roi, connection, as_json=as_json)
     elif task is not None and labels is not None:
         classes = parse_classes(membrane)
-        tracing = Tracing(source, labels, classes, roi, shape, connection, tracers, network_steps, networks)
+        how = {"tracers": tracers, "network_steps": network_steps, "networks": networks}
+        tracing = Tracing(source, labels, classes, roi, shape, connection, **how, exact_fill=exact_fill)
         _task(tracing, output, loaded, task, names, asked, as_json=as_json)
     else:
-        how: dict[str, Any] = {"codecs": names, "ratios": asked, "roi": roi, "chunk": shape}
+        how = {"codecs": names, "ratios": asked, "roi": roi, "chunk": shape}
         how |= {"exact_fill": exact_fill, "connection": connection}
         _codecs(source, output, loaded, how, as_json=as_json)
 

@@ -119,6 +119,7 @@ def plan(
             tracers=tracers,
             network_steps=network_steps,
             networks=networks,
+            exact_fill=exact_fill,
         )
         choice = _chosen(tracing, weights, max_seg_loss, curve or CURVE, as_json=as_json)
         ratio, roi = choice["ratio"], None

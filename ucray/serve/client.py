@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from ucray.serve.scales import NANOMETERS, Image
+from ucray.serve.scales import Image
+from ucray.storage.space import NANOMETERS
 
 TOKEN = "ucray"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -158,7 +159,7 @@ def _precomputed_box(image: Image | None, level: int, text: str) -> Box | None:
     if image is None or level >= len(image.factors):
         return None
     try:
-        spans = [tuple(int(n) for n in part.split("-")) for part in text.split("_")]
+        spans = [_precomputed_span(part) for part in text.split("_")]
         offset = image.precomputed_info()["scales"][level]["voxel_offset"]
         start = triple((a - o for (a, _), o in zip(spans, offset, strict=True)))[::-1]
         stop = triple((b - o for (_, b), o in zip(spans, offset, strict=True)))[::-1]
@@ -167,6 +168,14 @@ def _precomputed_box(image: Image | None, level: int, text: str) -> Box | None:
     index = triple(n // c for n, c in zip(start, image.chunk, strict=True))
     box = image.chunk_box(level, index) if min(index) >= 0 else None
     return box if box == Box(start, stop) else None
+
+
+def _precomputed_span(text: str) -> tuple[int, int]:
+    """First voxel and the one behind the last, either below zero or not; raises ValueError."""
+    found = re.fullmatch(r"(-?\d{1,18})-(-?\d{1,18})", text, re.ASCII)
+    if found is None:
+        raise ValueError(text)
+    return int(found[1]), int(found[2])
 
 
 def _missing() -> Response:

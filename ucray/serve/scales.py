@@ -18,7 +18,7 @@ from zarr.storage import MemoryStore
 from ucray.grid import Box, Shape3, parse_box, triple
 from ucray.reader import Reader
 from ucray.resample import Scale3, scaled_shape, tiles
-from ucray.storage.space import MICROMETER, NANOMETER, SPATIAL, Space, multiscale_of, multiscale_space
+from ucray.storage.space import NANOMETER, NANOMETERS, SPATIAL, Space, multiscale_of, multiscale_space
 from ucray.storage.volume import Volume
 from ucray.zarr_level import level_factors
 
@@ -29,8 +29,6 @@ SMALLEST = 256
 
 MOST_SCALES = 5
 """Scales at most: a chunk of the last takes 8^4 of the first."""
-
-NANOMETERS = {NANOMETER: 1.0, MICROMETER: 1e3, "angstrom": 0.1, "millimeter": 1e6, "meter": 1e9}
 
 GZIP_LEVEL = 1
 
@@ -140,6 +138,12 @@ def archive_image(reader: Reader) -> Image:
     shape, array = reader.shape, reader.array
     stored = tuple(reader.levels)
     fill = array.metadata.fill_value
+
+    def read(box: Box) -> Voxels:
+        # What is missing would look like fill, and be kept as that by whoever looks.
+        reader.check(box)
+        return reader.read(box)
+
     return Image(
         name="compressed",
         shape=shape,
@@ -148,7 +152,7 @@ def archive_image(reader: Reader) -> Image:
         chunk=triple(iter(array.chunks)),
         space=space,
         factors=stored if len(stored) > 1 else _viewed(shape, space),
-        read=reader.read,
+        read=read,
     )
 
 

@@ -118,17 +118,20 @@ class Archive:
         settings = self.settings
         expected = settings.codec_with(self.codec.weights)
         documents = []
-        for data in (self.objects.get(ARRAY_KEY), array_metadata(settings, expected)):
-            document = json.loads(data or b"{}")
-            # Another release of zstd may pack the same weights into other bytes; their digest stays.
-            document["codecs"][0]["configuration"]["codecs"][0]["configuration"]["weights"].pop("zstd")
-            documents.append(document)
         levels = range(1, len(settings.levels) + 1)
-        return bool(documents[0] == documents[1]) and all(
-            json.loads(self.objects.get(level_key(level)) or b"{}")
-            == json.loads(level_metadata(settings, level))
-            for level in levels
-        )
+        try:
+            for data in (self.objects.get(ARRAY_KEY), array_metadata(settings, expected)):
+                document = json.loads(data or b"{}")
+                # Another release of zstd may pack the same weights into other bytes; their digest stays.
+                document["codecs"][0]["configuration"]["codecs"][0]["configuration"]["weights"].pop("zstd")
+                documents.append(document)
+            return bool(documents[0] == documents[1]) and all(
+                json.loads(self.objects.get(level_key(level)) or b"{}")
+                == json.loads(level_metadata(settings, level))
+                for level in levels
+            )
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return False
 
     @property
     def weights_size(self) -> int:
@@ -239,6 +242,12 @@ def create_archive(
     for level in range(1, len(stored.levels) + 1):
         objects.put_new(level_key(level), level_metadata(stored, level))
     return archive
+
+
+def archive_bytes(archive: Archive, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes of an archive's objects of these sizes: (without weights, of weights)."""
+    weights = sizes.get(WEIGHTS_KEY, 0) + archive.weights_size
+    return sum(sizes.values()) - weights, weights
 
 
 def check_same(archive: Archive, fingerprint: str) -> None:

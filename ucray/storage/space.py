@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ucray.grid import Shape3
 
 SPATIAL = ("z", "y", "x")
@@ -18,6 +20,10 @@ NANOMETER, MICROMETER = "nanometer", "micrometer"
 UNITS = {"nm": NANOMETER, "um": MICROMETER, "µm": MICROMETER, "micron": MICROMETER, "microns": MICROMETER}
 UNITS |= {"mm": "millimeter", "m": "meter", "Å": "angstrom", "A": "angstrom"}
 """Units as OME-Zarr writes them, by their symbols."""
+
+NANOMETERS: dict[str | None, float] = {NANOMETER: 1.0, MICROMETER: 1e3, "angstrom": 0.1}
+NANOMETERS |= {"millimeter": 1e6, "meter": 1e9}
+"""Of a unit."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,22 @@ class Space:
         translation: Sequence[float] | None = None,
         units: Sequence[str | None] = (),
     ) -> Space:
-        """The space of an array with any axes: values of those that are not z, y, x are left out."""
+        """The space of an array with any axes: values of those that are not z, y, x are left out.
+
+        Where axes are in several units of length, all are in nanometers.
+        """
         places = [axes.index(axis) for axis in SPATIAL]
-        z, y, x = (float(scale[place]) for place in places)
+        edges = [float(scale[place]) for place in places]
         moved = [0.0 if translation is None else float(translation[place]) for place in places]
-        found = {units[place] for place in places} if units else set()
-        unit = found.pop() if len(found) == 1 else None
-        return cls((z, y, x), (moved[0], moved[1], moved[2]), None if unit is None else UNITS.get(unit, unit))
+        found = [units[place] for place in places] if units else [None] * len(places)
+        named = [None if unit is None else UNITS.get(unit, unit) for unit in found]
+        unit = named[0] if len(set(named)) == 1 else None
+        lengths = [NANOMETERS[one] for one in named if one in NANOMETERS]
+        if unit is None and len(lengths) == len(places):
+            edges = [edge * length for edge, length in zip(edges, lengths, strict=True)]
+            moved = [start * length for start, length in zip(moved, lengths, strict=True)]
+            unit = NANOMETER
+        return cls((edges[0], edges[1], edges[2]), (moved[0], moved[1], moved[2]), unit)
 
     def within(self, start: Shape3) -> Space:
         """The space of a region whose first voxel is `start`."""
@@ -103,7 +118,7 @@ def multiscale_axes(multiscale: Mapping[str, Any]) -> list[Any]:
 def multiscale_space(multiscale: Mapping[str, Any], path: str, axes: Sequence[str]) -> Space:
     """Voxel size, first corner and unit of one scale; unknown where they are not said of every axis."""
     described = multiscale.get("axes", [])
-    datasets = [d for d in multiscale.get("datasets", []) if d.get("path") == path]
+    datasets = [d for d in multiscale.get("datasets", []) if str(d.get("path")).strip("/") == path]
     if len(described) != len(axes) or not datasets:
         return Space()
     scale, translation = [1.0] * len(axes), [0.0] * len(axes)
@@ -128,19 +143,29 @@ def attribute_space(attributes: Mapping[str, Any], axes: Sequence[str]) -> Space
     """The space that an array's own attributes tell, as connectomics tools write them.
 
     `resolution` or `voxel_size`, and `offset`, in nanometers unless `units` says else; `element_size_um`;
-    all in the order of the array's spatial axes.
+    all in the order of the array's spatial axes, or one value for all. What is no number says nothing.
     """
     spatial = [axis for axis in axes if axis in SPATIAL]
 
-    def values(*names: str) -> list[Any] | None:
+    def values(*names: str) -> list[float] | None:
         for name in names:
-            found = attributes.get(name)
-            if found is not None and not isinstance(found, str | Mapping) and len(found) == len(spatial):
-                return list(found)
+            try:
+                found = np.broadcast_to(np.asarray(attributes[name], np.float64), len(spatial))
+            except (KeyError, TypeError, ValueError):
+                continue
+            if np.isfinite(found).all():
+                return [float(value) for value in found]
         return None
+
+    def units() -> list[str]:
+        found = attributes.get("units", NANOMETER)
+        if isinstance(found, str):
+            return [found] * len(spatial)
+        listed = [str(unit) for unit in found] if isinstance(found, Sequence | np.ndarray) else []
+        return listed if len(listed) == len(spatial) else [NANOMETER] * len(spatial)
 
     if (size := values("element_size_um")) is not None:
         return Space.of_axes(spatial, size, units=[MICROMETER] * len(spatial))
     if (size := values("resolution", "voxel_size")) is None:
         return Space()
-    return Space.of_axes(spatial, size, values("offset"), values("units") or [NANOMETER] * len(spatial))
+    return Space.of_axes(spatial, size, values("offset"), units())

@@ -127,6 +127,10 @@ def _section(file: Path) -> Iterator[zarr.Array[Any]]:
     tifffile = required("tifffile", str(file))
     try:
         with tifffile.TiffFile(file) as opened:
+            if any(not page.keyframe.is_reduced for page in opened.pages[1:]):
+                raise SourceError(
+                    f"{file} has {len(opened.pages)} pages; a stack is of files with one section each"
+                )
             yield zarr.open_array(opened.pages[0].aszarr(), mode="r")
     except UcrayError:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, cast
 
 import aiohttp
@@ -11,7 +12,7 @@ import zarr.errors
 from zarr.abc.store import Store
 from zarr.storage import StorePath
 
-from ucray.errors import SourceError, StorageError
+from ucray.errors import SourceError, StorageError, UcrayError
 from ucray.storage.objects import open_store, translated
 from ucray.storage.sources.opened import Opened, axes_of, the_one
 from ucray.storage.space import (
@@ -23,6 +24,9 @@ from ucray.storage.space import (
 )
 
 ZarrNode = zarr.Array[Any] | zarr.Group
+
+MOST_BELOW = 2
+"""Names of a scale's path below the group that describes it, where that group is looked for."""
 
 
 def find_zarr(url: str, endpoint_url: str | None) -> ZarrNode | None:
@@ -49,20 +53,26 @@ def find_zarr(url: str, endpoint_url: str | None) -> ZarrNode | None:
 
 
 def open_zarr(node: ZarrNode, url: str, array: str | None, endpoint_url: str | None) -> Opened:
-    """An array, or one of a group: an OME-Zarr group's first scale is the default."""
-    multiscale = {}
+    """An array, or one of a group: an OME-Zarr group's first scale is the default.
+
+    What is not said by the group at `url` of an array below is looked for in the groups around the array.
+    """
+    multiscale: dict[str, Any] = {}
     path = ""
     if isinstance(node, zarr.Group):
         multiscale = dict(multiscale_of(node.attrs.asdict()))
-        path = array if array is not None else _default_path(url, node, multiscale)
+        path = array.strip("/") if array is not None else _default_path(url, node, multiscale)
         opened = _open_array(url, path, endpoint_url)
     elif array is not None:
         raise SourceError(f"{url} is an array itself; leave --array out")
     else:
         opened = node
+    scale = path
+    if not _lists(multiscale, scale):
+        multiscale, scale = _around(f"{url.rstrip('/')}/{path}".rstrip("/"), endpoint_url)
     names: Any = multiscale_axes(multiscale) or getattr(opened.metadata, "dimension_names", None)
     axes = axes_of(url, names or cast(Any, opened.attrs.get("_ARRAY_DIMENSIONS")), opened.ndim)
-    space = multiscale_space(multiscale, path, axes)
+    space = multiscale_space(multiscale, scale, axes)
     if space == Space():
         space = attribute_space(opened.attrs.asdict(), axes)
     fill = opened.metadata.fill_value
@@ -78,6 +88,29 @@ def open_zarr(node: ZarrNode, url: str, array: str | None, endpoint_url: str | N
         space=space,
         metadata=json.dumps(opened.metadata.to_dict(), sort_keys=True, default=str),
     )
+
+
+def _lists(multiscale: Mapping[str, Any], path: str) -> bool:
+    found = multiscale.get("datasets", [])
+    return any(isinstance(one, Mapping) and str(one.get("path")).strip("/") == path for one in found)
+
+
+def _around(place: str, endpoint_url: str | None) -> tuple[dict[str, Any], str]:
+    """The multiscale that lists the array at a place, of a group around it, and its path; or nothing."""
+    for below in range(1, MOST_BELOW + 1):
+        parts = place.rsplit("/", below)
+        folder, path = parts[0], "/".join(parts[1:])
+        if len(parts) <= below or not folder.strip(".:/") or folder.endswith((":/", ":")):
+            break
+        try:
+            node = find_zarr(folder, endpoint_url)
+        except UcrayError:
+            # Whoever may read an array need not be allowed to look around it.
+            continue
+        multiscale = dict(multiscale_of(node.attrs.asdict())) if isinstance(node, zarr.Group) else {}
+        if _lists(multiscale, path):
+            return multiscale, path
+    return {}, ""
 
 
 def _open_array(url: str, path: str, endpoint_url: str | None) -> zarr.Array[Any]:
