@@ -22,14 +22,22 @@ import zarr
 from object_store import ObjectStore
 
 import ucray
-from ucray.cluster.session import Resources, coders, ray_session, resources, shared_out
+from ucray.cluster.session import Resources, claimed, coders, ray_session, resources, shared_out
 from ucray.cluster.telemetry import Telemetry
 from ucray.cluster.worker import ShardEncoder
-from ucray.errors import ArchiveError, DestinationError, JobError, SettingsError, SourceError, WeightsError
+from ucray.errors import (
+    ArchiveError,
+    DestinationError,
+    JobError,
+    SettingsError,
+    SourceError,
+    StorageError,
+    WeightsError,
+)
 from ucray.grid import Shape3
 from ucray.quality import SeamSum
 from ucray.storage.index import shard_key
-from ucray.storage.objects import open_objects, open_store
+from ucray.storage.objects import LocalObjects, open_objects, open_store
 from ucray.storage.shard import STATISTICS
 
 SHAPE = (40, 70, 64)
@@ -341,8 +349,14 @@ def test_training_inside_a_compress_job_is_kept_and_used_again(
     again = ucray.compress(source, str(archive), options, training=training, run_options=run)
     assert again.resumed == first.shards
     other = training.model_copy(update={"seed": 1})
-    with pytest.raises(DestinationError, match="other settings"):
+    with pytest.raises(DestinationError, match="trained with another settings"):
         ucray.compress(source, str(archive), options, training=other, run_options=run)
+    # Nor do weights of an attempt that came no further serve for another region, or for fill.
+    (archive / "zarr.json").unlink()
+    for change, named in (({"roi": None}, "region"), ({"exact_fill": False}, "volume")):
+        changed = options.model_copy(update=change)
+        with pytest.raises(DestinationError, match=f"trained with another {named}"):
+            ucray.compress(source, str(archive), changed, training=training, run_options=run)
 
 
 def test_two_workers_train_together_from_weights_of_another_domain(
@@ -737,6 +751,60 @@ def test_workers_that_code_fill_the_cores_there_are(
     assert (found.count, found.per_worker) == (expected[0], {"CPU": expected[1]})
     # No worker is started that no shard is left for.
     assert shared_out(nodes, workers, 2, 2 * 10**9, cpus).count == min(2, expected[0])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked"),
+    [
+        ([(16.0, 64e9), (4.0, 11e9)], 2e9),
+        # Less than it may take where no node has as much: one is alone there.
+        ([(2.0, 1e9), (2.0, 1.5e9)], 1.5e9),
+        # A head without cores, and nodes that are to come.
+        ([(0.0, 1e9)], 2e9),
+        ([], 2e9),
+    ],
+)
+def test_no_more_workers_come_to_a_node_than_there_is_memory_for(
+    nodes: list[tuple[float, float]], asked: float
+) -> None:
+    assert claimed(nodes, 2 * 10**9) == asked
+
+
+def test_an_encoder_that_fails_in_any_way_fails_its_shard_alone(
+    source: str, weights_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = ShardEncoder.chunks
+
+    def chunks(self: ShardEncoder, index: tuple[int, int, int], *what: Any) -> Any:
+        if index == (0, 1, 0):
+            raise MemoryError("no room\nleft")
+        return code(self, index, *what)
+
+    monkeypatch.setattr(ShardEncoder, "chunks", chunks)
+    run = ucray.RunOptions(serial=True, failed_boxes=str(tmp_path / "failed.json"))
+    with pytest.raises(JobError, match=r"1 of 8 shards failed.*MemoryError: no room left"):
+        ucray.compress(source, str(tmp_path / "a"), OPTIONS, weights=weights_file, run_options=run)
+    (failed,) = json.loads((tmp_path / "failed.json").read_text())
+    assert failed["shard"] == [0, 1, 0]
+    monkeypatch.undo()
+    assert _serial(source, tmp_path / "a", weights_file).resumed == 7
+
+
+def test_a_shard_that_the_store_does_not_serve_is_a_finding(
+    source: str, weights_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _serial(source, tmp_path / "a", weights_file)
+    serve = LocalObjects.get
+
+    def get(self: LocalObjects, key: str) -> bytes | None:
+        if key == shard_key((0, 1, 0)):
+            raise StorageError("the disk is tired")
+        return serve(self, key)
+
+    monkeypatch.setattr(LocalObjects, "get", get)
+    found = ucray.verify(str(tmp_path / "a"), source, serial=True)
+    assert not found.clean
+    assert [problem for problem in found.problems if "the disk is tired" in problem]
 
 
 def test_without_a_word_of_workers_each_core_has_one(

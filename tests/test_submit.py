@@ -115,7 +115,7 @@ def test_a_stopped_job_ends_at_once_and_its_next_submission_goes_on(
     status = head.run("ray", "job", "status", "first", cwd=tmp_path).stdout
     assert "'first' was stopped" in status
     log = head.run("ray", "job", "logs", "first", cwd=tmp_path).stdout
-    assert "stopped; the same command goes on where this one ended" in log
+    assert "stopped; compress, and train with --storage, go on where they ended" in log
     assert "Traceback" not in log
     stood = sum(key.startswith("0/c/") for key in objects.sizes(""))
     assert stood < 27  # it was stopped on the way

@@ -52,7 +52,7 @@ def main() -> None:
         sys.exit(error.exit_status)
     except SystemExit as ended:
         if ended.code == STOPPED:
-            print("stopped; the same command goes on where this one ended", file=sys.stderr)
+            print("stopped; compress, and train with --storage, go on where they ended", file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

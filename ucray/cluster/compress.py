@@ -173,18 +173,26 @@ def run(
     total = sum(settings.grid.shard_box(index).voxels for index in missing)
     total *= np.dtype(settings.dtype).itemsize
     listener(Event("compress", 0, total))
-    for outcome in way(plan, settings, weights, write, options, missing):
-        key = shard_key(outcome.index)
-        if outcome.statistics is None:
-            errors[outcome.index] = outcome.error
-            telemetry.failed()
-            LOGGER.warning("shard %s failed: %s", key, outcome.error, extra=_figures(outcome))
-            continue
-        left.discard(outcome.index)
-        tally.add(outcome, outcome.statistics)
-        telemetry.stored(outcome.statistics, settings.data_range, outcome.seconds, outcome.place)
-        LOGGER.debug("shard %s %s", key, outcome.place, extra=_figures(outcome))
-        listener(Event("compress", tally.bytes_in, total, f"ratio {tally.bytes_in / tally.bytes_out:.1f}"))
+    try:
+        for outcome in way(plan, settings, weights, write, options, missing):
+            key = shard_key(outcome.index)
+            if outcome.statistics is None:
+                errors[outcome.index] = outcome.error
+                telemetry.failed()
+                LOGGER.warning("shard %s failed: %s", key, outcome.error, extra=_figures(outcome))
+                continue
+            left.discard(outcome.index)
+            tally.add(outcome, outcome.statistics)
+            telemetry.stored(outcome.statistics, settings.data_range, outcome.seconds, outcome.place)
+            LOGGER.debug("shard %s %s", key, outcome.place, extra=_figures(outcome))
+            listener(
+                Event("compress", tally.bytes_in, total, f"ratio {tally.bytes_in / tally.bytes_out:.1f}")
+            )
+    except JobError as error:
+        if not errors:
+            raise
+        listed = write_boxes(plan, errors, options.failed_boxes)
+        raise JobError(f"{error}; {len(errors)} shards had failed before, {listed}") from error
     if left:
         # Failed is never done: what is missing is listed in a file, and said.
         missed = {index: errors.get(index, "not reached") for index in missing if index in left}

@@ -93,7 +93,7 @@ def serially(
     missing: Sequence[Shape3],
 ) -> Iterator[Outcome]:
     """Shards one after another in this process."""
-    encode = _EncodeRow(_encode_job(plan, settings, weights, options), write)
+    encode = _EncodeRow(_encode_job(plan, settings, weights, options.device), write)
     writer = _WriteRow(write)
     for key, box in ShardBoxes(plan, missing):
         yield _outcome(writer.row(encode.row(read_row(plan.volume, key, box, plan.importance))))
@@ -119,7 +119,9 @@ def on_ray(
             cpus=options.worker_cpus,
         )
         reads = workers.count * READS["GPU" if options.device == "cuda" else "CPU"]
-        encode = _encode_job(plan, settings, weights, options)
+        # Ray shares GPUs out among those that ask for one; all others would compute on the first.
+        device = "cuda" if options.device == "cuda" else "cpu"
+        encode = _encode_job(plan, settings, weights, device)
         rows = (
             ray.data.read_datasource(
                 BoxSource(plan.volume, ShardBoxes(plan, missing), plan.importance),
@@ -136,6 +138,7 @@ def on_ray(
                 ),
                 num_cpus=workers.per_worker["CPU"],
                 num_gpus=workers.per_worker.get("GPU"),
+                memory=workers.per_worker["memory"],
             )
             .map_batches(
                 _WriteRow,
@@ -152,11 +155,9 @@ def on_ray(
             raise failure(error, "the Ray job") from error
 
 
-def _encode_job(
-    plan: CompressPlan, settings: ArchiveSettings, weights: Weights, options: RunOptions
-) -> EncodeJob:
+def _encode_job(plan: CompressPlan, settings: ArchiveSettings, weights: Weights, device: str) -> EncodeJob:
     tracer = None if plan.tracer is None else plan.tracer.read()
-    return EncodeJob(settings, weights.to_bytes(), options.device, tracer)
+    return EncodeJob(settings, weights.to_bytes(), device, tracer)
 
 
 class _EncodeRow:
@@ -184,8 +185,8 @@ class _EncodeRow:
                 found, error = stored.to_bytes(), ""
             elif not error:
                 chunks = self._encoder.chunks(index, voxels_of(row, self._dtype), weights_of(row))
-        except UcrayError as failure:
-            error = str(failure)
+        except Exception as failure:
+            error = _told(failure)
         return {
             "key": str(row["key"]),
             "chunks": _Chunks(chunks),
@@ -214,8 +215,8 @@ class _WriteRow:
             try:
                 written, first = self._writer.write(_index(row["key"]), row["chunks"].chunks)
                 statistics, place = written.to_bytes(), "committed" if first else "raced"
-            except UcrayError as failure:
-                error = str(failure)
+            except Exception as failure:
+                error = _told(failure)
         return {
             "key": str(row["key"]),
             "statistics": statistics,
@@ -228,6 +229,13 @@ class _WriteRow:
             "write_memory": peak_memory(),
             "error": error,
         }
+
+
+def _told(failure: Exception) -> str:
+    """What stopped a shard, in one line. Whatever it is, it is no reason to stop all others."""
+    if isinstance(failure, UcrayError):
+        return str(failure)
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
 
 
 @dataclass(frozen=True)

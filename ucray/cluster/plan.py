@@ -36,6 +36,9 @@ COPIES = 3
 SHARD_CHUNKS = 8
 """Chunks on each axis of a default shard."""
 
+TRACED_SHARD_CHUNKS = 4
+"""The same where a tracer steers: a shard is what a worker is seen to get done, and takes minutes."""
+
 
 DEFAULT_RATIO = 64.0
 
@@ -226,7 +229,8 @@ def plan_compress(
             f"chunk shape {format_shape(chunk)} must be a multiple of {format_shape(config.stride)} "
             "for this volume and these weights"
         )
-    shard = options.shard or default_shard(region.shape, chunk)
+    most = SHARD_CHUNKS if tracer is None else TRACED_SHARD_CHUNKS
+    shard = options.shard or default_shard(region.shape, chunk, most)
     grid = Grid(region.shape, chunk, shard)
     itemsize = np.dtype(volume.dtype).itemsize
     peak = worker_memory(shard, itemsize) + (0 if tracer is None else TRACER_MEMORY)
@@ -258,10 +262,10 @@ def plan_compress(
     return CompressPlan(volume, region, grid, target, peak, _sha256(asked), levels, importance, tracer)
 
 
-def default_shard(shape: Shape3, chunk: Shape3) -> Shape3:
-    """SHARD_CHUNKS chunks on each axis, less where the volume is smaller."""
+def default_shard(shape: Shape3, chunk: Shape3, most: int = SHARD_CHUNKS) -> Shape3:
+    """At most so many chunks on each axis, less where the volume is smaller."""
     covering = round_up(shape, chunk)
-    return triple(min(SHARD_CHUNKS * c, n) for c, n in zip(chunk, covering, strict=True))
+    return triple(min(most * c, n) for c, n in zip(chunk, covering, strict=True))
 
 
 def config_for(volume: Volume, *, large: bool = False) -> CodecConfig:

@@ -53,6 +53,7 @@ def over_shards(
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=found.count),
             num_cpus=found.per_worker["CPU"],
+            memory=found.per_worker["memory"],
         )
         try:
             for row in rows.iter_rows():

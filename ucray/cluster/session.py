@@ -155,12 +155,23 @@ def coders(
     where they are said to take all cores there are, for so little that half of one stays free.
     """
     nodes = [node["Resources"] for node in _nodes() if node["Alive"]]
+    rooms = [(node.get("CPU", 0.0), node.get("memory", 0.0)) for node in nodes]
     if use_gpu:
         count = workers or max(1, int(sum(node.get("GPU", 0.0) for node in nodes)))
         count = min(count, shards)
-        return Coders(count, resources(count, use_gpu=True, cpus=cpus).per_worker)
-    rooms = [(node.get("CPU", 0.0), node.get("memory", 0.0)) for node in nodes]
-    return shared_out(rooms, workers, shards, memory, cpus)
+        found = Coders(count, resources(count, use_gpu=True, cpus=cpus).per_worker)
+    else:
+        found = shared_out(rooms, workers, shards, memory, cpus)
+    return Coders(found.count, found.per_worker | {"memory": claimed(rooms, memory)})
+
+
+def claimed(nodes: Sequence[tuple[float, float]], memory: int) -> float:
+    """Bytes that a worker asks Ray for, which then puts no more on a node than there is memory for.
+
+    On nodes that all have less than it may take it asks for what the largest has, and is alone there.
+    """
+    rooms = [room for cores, room in nodes if cores >= 1.0 and room > 0.0]
+    return min(float(memory), max(rooms, default=float(memory)))
 
 
 def shared_out(

@@ -80,7 +80,7 @@ class TrainingJob:
     @property
     def identity(self) -> str:
         """Names the run in its storage: only a run of the same sources and settings goes on from it."""
-        document = {k: v for k, v in self.record.items() if k != "workers"}
+        document = {k: v for k, v in self.record.items() if k not in ("workers", "volume")}
         volumes = [lesson.volume.identity for lesson in self.lessons]
         document |= {"config": self.config.to_json(), "chunk": self.chunk, "volumes": volumes}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
@@ -165,6 +165,7 @@ def train(
     given = resources(workers, use_gpu=use_gpu, cpus=worker_cpus)
     record = {
         "source": volume.url,
+        "volume": volume.identity,
         "also": [other.url for other in also],
         "region": str(region),
         "settings": settings.model_dump(mode="json"),

@@ -43,6 +43,7 @@ def trained_for(
 ) -> Weights:
     """Weights kept in an archive, trained first if they are not there yet."""
     asked = {"settings": training.model_dump(mode="json"), "start": None if start is None else start.digest}
+    asked |= {"volume": decided.volume.identity, "region": str(decided.region)}
     data = objects.get(WEIGHTS_KEY)
     if data is None:
         if objects.get(GROUP_KEY) is None:
@@ -68,9 +69,11 @@ def trained_for(
         if data is None:
             raise WeightsError(f"{objects.url} does not give back the weights written to it")
     kept = Weights.from_bytes(data)
-    if {name: kept.training.get(name) for name in asked} != asked:
+    # Those of earlier versions do not say which volume they learnt from.
+    told = {"volume": asked["volume"]} | dict(kept.training)
+    if other := [name for name, value in asked.items() if told.get(name) != value]:
         raise DestinationError(
-            f"{objects.url} holds weights trained with other settings ({dict(kept.training)}); "
+            f"{objects.url} holds weights trained with another {' and '.join(other)}: {dict(kept.training)}; "
             "give another destination or the same settings"
         )
     return kept
