@@ -167,7 +167,9 @@ def test_each_half_is_steered_by_its_tracer() -> None:
     mean = float(np.mean([view.weights[..., :LEADING] for view in views]))
     for data, box, by, view in zip(coded.chunks, boxes, steering, views, strict=True):
         weighed = ChunkImportance.of_latents(view.weights, mean)
-        (prepared,) = encoder.prepare([whole[box.slices]], None, [weighed])
+        # With its place, as an archive has it.
+        place = triple(start // size for start, size in zip(box.start, chunk, strict=True))
+        (prepared,) = encoder.prepare([whole[box.slices]], [place], [weighed])
         (draft,) = encoder.drafts_at([by.steered(prepared, view, 110, mean)], 110)
         assert encoder.pack(draft).data == data
         assert encoder.pack(encoder.drafts_at([prepared], 110)[0]).data != data

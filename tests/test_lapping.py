@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -150,6 +152,19 @@ def test_whole_numbers_undo_lapping() -> None:
     found = Unlapping((4, 4, 4), axes)(lapped.astype(np.float64) * 4096.0) / 4096.0
     # Twelve matrices, each rounded to 2**-14 at most.
     np.testing.assert_allclose(found, volume[0, 0].numpy(), atol=2e-3)
+
+
+def test_stages_of_an_axis_are_products_of_block_matrices() -> None:
+    random = np.random.default_rng(0)
+    whole, stages = np.eye(20) * 2.0**SHIFT, []
+    for stage in range(STAGES):
+        sizes = block_sizes(4, stage)
+        blocks: Any = tuple(random.integers(-9000, 9000, (size, size)).astype(np.int16) for size in sizes)
+        stages.append(blocks)
+        inside = (20 - sizes[0] - sizes[2]) // sizes[1]
+        matrix = scipy.linalg.block_diag(blocks[0], *[blocks[1]] * inside, blocks[2]).astype(np.float64)
+        whole = np.floor(matrix @ whole / 2.0**SHIFT + 0.5)
+    np.testing.assert_array_equal(whole_axis(stages, 20), whole)
 
 
 def test_the_largest_whole_numbers_stay_exact() -> None:

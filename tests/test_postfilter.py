@@ -23,7 +23,7 @@ import ucray
 from ucray.cli import app
 from ucray.codec import postfilter
 from ucray.codec.chunk import ChunkFormat
-from ucray.codec.conditioning import QualityAffine
+from ucray.codec.conditioning import KEPT, QualityAffine
 from ucray.codec.convolution import Convolution
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
@@ -351,3 +351,12 @@ def test_what_is_kept_of_a_quality_is_dropped_when_learning_goes_on() -> None:
         with torch.inference_mode():
             for _ in range(2):
                 torch.testing.assert_close(affine.behind(convolution, x, quality), wanted)
+
+
+def test_kernels_are_kept_of_few_qualities() -> None:
+    convolution, affine = Convolution(2, 3, 1), QualityAffine(3).eval()
+    x = torch.randn(1, 2, 4, 4, 4)
+    with torch.inference_mode():
+        for quality in range(2 * KEPT):
+            affine.behind(convolution, x, torch.tensor([float(quality)]))
+            assert 0 < len(affine._kept) <= KEPT

@@ -87,6 +87,23 @@ def test_a_run_goes_on_from_its_checkpoint(
     assert _run(second, draws, whole.total_steps - stop) == expected[stop:]
 
 
+def test_workers_that_go_on_draw_noise_of_their_own(
+    sampler: Callable[[], TileSampler], tiny_config: CodecConfig
+) -> None:
+    """The first worker's state is all there is: others would draw as it does, to the end."""
+    first, draws = Trainer(tiny_config, SETTINGS), sampler()
+    first.start(lambda count: draws.draw(8))
+    _run(first, draws, 2)
+    noise = []
+    for rank in (0, 1, 2, 1):
+        worker = Trainer(tiny_config, SETTINGS, rank=rank)
+        worker.from_bytes(first.to_bytes())
+        noise.append(torch.rand(8, generator=worker._generator))
+    assert torch.equal(noise[0], torch.rand(8, generator=first._generator))
+    assert torch.equal(noise[1], noise[3])
+    assert not any(torch.equal(noise[a], noise[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
 def test_a_foreign_checkpoint_is_refused(tiny_config: CodecConfig) -> None:
     with pytest.raises(WeightsError):
         Trainer(tiny_config, SETTINGS).from_bytes(b"nothing")

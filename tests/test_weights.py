@@ -379,12 +379,37 @@ def test_a_network_far_larger_than_its_tensors_is_never_built(
     student = tiny_weights.config.student
     assert student is not None
     config = replace(tiny_weights.config, student=replace(student, **sizes))
+    with pytest.raises(WeightsError, match=r"does not fit its configuration|features a voxel"):
+        stored_synthesis(Weights(config, tiny_weights.tensors), "student")
+
+
+def test_a_linear_decoder_far_larger_than_its_tensors_is_never_built(tiny_weights: Weights) -> None:
+    """64 GiB by its configuration, without a network to speak of."""
+    config = replace(
+        tiny_weights.config, levels=(4, 4, 4), latent_stride=(8, 8, 8), code_stride=(1, 1, 1),
+        groups=(4096, 4096), student=None, student_filter=None,
+    )  # fmt: skip
     with pytest.raises(WeightsError, match="does not fit its configuration"):
         stored_synthesis(Weights(config, tiny_weights.tensors), "student")
 
 
+@pytest.mark.parametrize("name", ["code_width", "context_width"])
+def test_more_features_than_a_chunk_has_room_for_are_refused(tiny_weights: Weights, name: str) -> None:
+    voxels = {
+        "levels": (0, 0, 0),
+        "latent_stride": (1, 1, 1),
+        "code_stride": (1, 1, 1),
+        "groups": (1,),
+        "checkered": 0,
+    }
+    config = replace(tiny_weights.config, **voxels | {name: 65})
+    with pytest.raises(WeightsError, match="more than 64 features a voxel"):
+        Weights(config, tiny_weights.tensors).check_stream()
+
+
 @pytest.mark.parametrize(
-    ("wavelet", "levels"), [("db4", (4, 4, 4)), ("db2", (4, 4, 4)), ("coif17", (2, 2, 2))]
+    ("wavelet", "levels"),
+    [("db4", (4, 4, 4)), ("db2", (4, 4, 4)), ("coif17", (2, 2, 2)), ("db38", (4, 4, 4)), ("dmey", (4, 4, 1))],
 )
 def test_wavelets_that_would_take_all_memory_are_refused(wavelet: str, levels: Shape3) -> None:
     with pytest.raises(SettingsError, match="wavelet"):

@@ -58,9 +58,10 @@ Weighed = npt.NDArray[np.floating] | Sequence[tuple[Box, TracerNetwork]]
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A chunk in a box of the volume, its importance, and which tracer steers it."""
+    """A chunk in a box of the volume, its place among chunks, its importance, and which tracer steers it."""
 
     box: Box
+    origin: Shape3
     importance: ChunkImportance | None = None
     tracer: int | None = None
 
@@ -87,7 +88,8 @@ class VolumeCodec:
         boxes = list(blocks(triple(iter(volume.shape)), chunk))
         # What is refused is refused here: a pool starts a process that cannot begin over and over.
         self._encoder = ChunkEncoder(weights, self._format)
-        self._chunks = [_Chunk(box) for box in boxes]
+        places = [triple(a // c for a, c in zip(box.start, chunk, strict=True)) for box in boxes]
+        self._chunks = [_Chunk(box, place) for box, place in zip(boxes, places, strict=True)]
         self._tracers: tuple[bytes, ...] = ()
         self._mean = 1.0
         if isinstance(weighed, np.ndarray):
@@ -95,13 +97,15 @@ class VolumeCodec:
             found = [
                 ChunkImportance.of(cell_means(weighed[b.slices], cell), mean, chunk, cell) for b in boxes
             ]
-            self._chunks = [_Chunk(box, one) for box, one in zip(boxes, found, strict=True)]
+            self._chunks = [
+                replace(chunk, importance=one) for chunk, one in zip(self._chunks, found, strict=True)
+            ]
         elif weighed is not None:
             self._tracers = tuple(tracer.to_bytes() for _, tracer in weighed)
             for data in self._tracers:
                 TracerNetwork.from_bytes(data)
-            places = [place for place, _ in weighed]
-            self._chunks = [_Chunk(box, tracer=_home(box, places)) for box in boxes]
+            homes = [home for home, _ in weighed]
+            self._chunks = [replace(chunk, tracer=_home(chunk.box, homes)) for chunk in self._chunks]
         # What the processes must load and build is done before anything is timed.
         context = multiprocessing.get_context("spawn")
         ready = context.Barrier(PROCESSES + 1)
@@ -164,7 +168,8 @@ class VolumeCodec:
     def _searched(self) -> tuple[ChunkEncoder, list[Prepared]]:
         """An encoder, and the sample of the chunks."""
         voxels = [self._volume[chunk.box.slices] for chunk in self._sample]
-        return self._encoder, self._encoder.prepare(voxels, None, [one.importance for one in self._sample])
+        origins, weights = zip(*[(one.origin, one.importance) for one in self._sample], strict=True)
+        return self._encoder, self._encoder.prepare(voxels, origins, weights)
 
     def encode(self, quality: int) -> Coded:
         """All chunks."""
@@ -244,7 +249,7 @@ class _Worker:
 
     def _prepared(self, chunk: _Chunk, quality: int, mean: float) -> Prepared:
         voxels = self._volume[chunk.box.slices]
-        (prepared,) = self._encoder.prepare([voxels], None, [chunk.importance])
+        (prepared,) = self._encoder.prepare([voxels], [chunk.origin], [chunk.importance])
         if chunk.tracer is None:
             return prepared
         return self._steering[chunk.tracer].steered(prepared, self._view(chunk), quality, mean)

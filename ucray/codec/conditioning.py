@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ucray.codec.convolution import Convolution, finished
 from ucray.config import QUALITIES
 
+KEPT = 16
+"""Qualities for which a layer keeps its kernels: chunks of an archive have few, one or its neighbours."""
+
 KNOTS = 9
 """Trained qualities; between them a table is linear."""
 
@@ -67,6 +70,9 @@ class QualityAffine(nn.Module):
         bias = convolution.bias * scale + shift
         folded = (convolution.weight * scale[:, None, None, None, None]).to(dtype), bias.to(dtype)
         if not self.training:
+            if len(self._kept) >= KEPT:
+                # Another thread may be looking for one: it finds it, or makes it again.
+                self._kept = {}
             self._kept[key] = folded
         return folded
 

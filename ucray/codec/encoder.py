@@ -26,7 +26,7 @@ from ucray.codec.fill import fill_mask, keep_off_fill, pack_mask
 from ucray.codec.importance import ChunkImportance
 from ucray.codec.inpaint import inpaint
 from ucray.codec.network import analysis_of, load_network
-from ucray.codec.residual import Residual, apply_residual, encode_residual, residual_of
+from ucray.codec.residual import LARGEST_BOUND, Residual, apply_residual, encode_residual, residual_of
 from ucray.codec.sensitivity import Sensitivity
 from ucray.codec.stream import CodedLatents, StreamModel, Symbols
 from ucray.codec.threads import one_thread
@@ -112,6 +112,8 @@ class ChunkEncoder:
         self.decoder = ChunkDecoder(weights, chunk, device=device)
         self.format = chunk
         self.stream = weights.stream
+        if max_error is not None and not 0.0 <= max_error <= LARGEST_BOUND:
+            raise SettingsError(f"a bound of {max_error} on errors is not within 0 and {LARGEST_BOUND:g}")
         self._max_error = max_error
         self._reference = None if max_error is None else weights.reference
         self._digest = weights.stream_digest

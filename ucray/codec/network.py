@@ -30,13 +30,10 @@ from ucray.codec.conditioning import QualityAffine
 from ucray.codec.convolution import Convolution
 from ucray.codec.inr import CoordinateNetwork, cell_coordinates
 from ucray.codec.linear import LinearAnalysis, LinearSynthesis, in_float32
-from ucray.codec.weights import Weights
+from ucray.codec.weights import FEATURES_PER_VOXEL, Weights
 from ucray.config import AnalysisConfig, CodecConfig, FilterConfig, SynthesisConfig
 from ucray.errors import WeightsError
 from ucray.grid import Shape3, triple
-
-FEATURES_PER_VOXEL = 64
-"""Of a decoder, at most: what it takes to decode a chunk is bounded by its voxels."""
 
 
 class ResidualBlock(nn.Module):
@@ -205,15 +202,18 @@ def stored_synthesis(weights: Weights, part: str) -> LinearSynthesis:
     widths = []
     if sizes is not None:
         widths.append(sizes.grid_width / math.prod(config.grid_stride))
+        widths.append(sizes.latent_width / math.prod(config.latent_cell))
+        widths.append(float(sizes.inr_width))
     if filter_sizes is not None:
         widths.append(filter_sizes.width / math.prod(config.filter_cell(filter_sizes)))
     if max(widths, default=0.0) > FEATURES_PER_VOXEL:
         raise WeightsError(f"the weights are damaged: more than {FEATURES_PER_VOXEL} features a voxel")
-    least = 0
+    least = config.latents * config.subbands * math.prod(config.latent_stride)
     if sizes is not None:
         least += sizes.latent_blocks * sizes.latent_width**2 + sizes.grid_blocks * sizes.grid_width**2
-        least += config.latents * sizes.latent_width + sizes.latent_width * sizes.grid_width
-        least += sizes.inr_width**2
+        least += config.latents * sizes.latent_width
+        least += sizes.latent_width * sizes.grid_width * math.prod(config.latent_stride)
+        least += sizes.grid_width * sizes.inr_width + sizes.inr_width**2
     if filter_sizes is not None:
         least += 9 * filter_sizes.layers * filter_sizes.width**2 + filter_sizes.width
     if least > sum(array.size for array in weights.part(part).values()):

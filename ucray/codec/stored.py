@@ -16,6 +16,7 @@ import torch
 from ucray.codec.chunk import ChunkFormat
 from ucray.codec.decoder import ChunkDecoder, device_for
 from ucray.codec.frames import pack, unpack_exactly
+from ucray.codec.residual import LARGEST_BOUND
 from ucray.codec.weights import VERSIONS, Weights
 from ucray.config import QUALITIES
 from ucray.errors import ArchiveError, SettingsError, WeightsError
@@ -78,6 +79,8 @@ class StoredCodec:
             raise ArchiveError("the codec's configuration in zarr.json is incomplete") from None
         if not 0 <= quality < QUALITIES:
             raise ArchiveError(f"the codec's quality in zarr.json is {quality}, not 0 to {QUALITIES - 1}")
+        if max_error is not None and not 0.0 <= max_error <= LARGEST_BOUND:
+            raise ArchiveError(f"the codec's max_error in zarr.json is {max_error}, not within 0 and 1e30")
         if not isinstance(exact_fill, bool):
             raise ArchiveError("the codec's exact_fill in zarr.json is neither true nor false")
         weights = Weights.from_bytes(_unpacked(packed, size))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -61,24 +62,34 @@ class Unlapping:
         for axis, (name, cell) in enumerate(zip("zyx", self.cell, strict=True)):
             size = values.shape[axis]
             if name in self.axes and size > cell:
-                matrix = whole_axis(self.axes[name], size)
-                mixed = np.tensordot(matrix.astype(np.float64), values, axes=(1, axis))
+                mixed = np.tensordot(self._matrix(name, size), values, axes=(1, axis))
                 values = _whole(np.moveaxis(mixed, 0, axis) * 0.5**SHIFT)
         return values
+
+    def _matrix(self, name: str, size: int) -> Values:
+        """That of a whole axis, made once."""
+        found = self._made.get((name, size))
+        if found is None:
+            found = self._made[name, size] = whole_axis(self.axes[name], size).astype(np.float64)
+        return found
+
+    @cached_property
+    def _made(self) -> dict[tuple[str, int], Values]:
+        return {}
 
 
 def whole_axis(stages: Sequence[Blocks], size: int) -> npt.NDArray[np.int64]:
     """The stages of an axis of `size` voxels in one matrix (size, size), in units of 2**-SHIFT."""
     whole = np.eye(size, dtype=np.int64) << SHIFT
     for stage in stages:
-        matrix, start = np.zeros((size, size), np.int64), 0
+        mixed, start = np.zeros((size, size), np.int64), 0
         inside = (size - len(stage[0]) - len(stage[2])) // len(stage[1])
         for block in (stage[0], *[stage[1]] * inside, stage[2]):
+            # Blocks lie along the diagonal: each mixes rows of its own.
             places = slice(start, start + len(block))
-            matrix[places, places] = block
+            mixed[places] = block.astype(np.int64) @ whole[places]
             start = places.stop
-        whole = (matrix @ whole + (1 << (SHIFT - 1))) >> SHIFT
-        whole = np.clip(whole, -LARGEST_ENTRY, LARGEST_ENTRY)
+        whole = np.clip((mixed + (1 << (SHIFT - 1))) >> SHIFT, -LARGEST_ENTRY, LARGEST_ENTRY)
     return whole
 
 

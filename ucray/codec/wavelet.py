@@ -39,6 +39,7 @@ class WaveletPacket(nn.Module):
 
     def __init__(self, wavelet: str, levels: Shape3) -> None:
         super().__init__()
+        _check_size(wavelet, levels)
         banks = [filter_bank(wavelet, level) for level in levels]
         self.stride = triple(2**level for level in levels)
         self.starts = triple(bank[1] for bank in banks)
@@ -93,6 +94,16 @@ LARGEST_BANK = 1 << 24
 """Numbers in the filters of three axes together."""
 
 
+def _check_size(wavelet: str, levels: Shape3) -> None:
+    """Refuse filters that are too long before any is made: a band of 2**L has at least so many taps."""
+    try:
+        taps = pywt.Wavelet(wavelet).dec_len
+    except (TypeError, ValueError):
+        raise SettingsError(f"PyWavelets has no discrete wavelet named {wavelet!r}") from None
+    if math.prod(2**level * max(1, (2**level - 1) * (taps - 1) // 2) for level in levels) > LARGEST_BANK:
+        raise SettingsError("wavelet filters this long cannot be split into this many bands")
+
+
 @functools.cache
 def filter_bank(wavelet: str, levels: int) -> tuple[npt.NDArray[np.float64], int, npt.NDArray[np.float64]]:
     """One-axis packet filters: (analysis (2**levels, taps), first tap's position, synthesis).
@@ -112,7 +123,7 @@ def filter_bank(wavelet: str, levels: int) -> tuple[npt.NDArray[np.float64], int
     centre = block * (reach // block + 2)
     size = 2 * centre
     analysis = np.stack(
-        [_packet(np.eye(size)[t], wavelet, levels)[:, centre // block] for t in range(size)], axis=1
+        [_packet(_impulse(size, t), wavelet, levels)[:, centre // block] for t in range(size)], axis=1
     )
     synthesis = np.stack(
         [_unpacket(np.eye(block)[b][:, None] * np.eye(size // block)[centre // block], wavelet, levels)
@@ -121,6 +132,12 @@ def filter_bank(wavelet: str, levels: int) -> tuple[npt.NDArray[np.float64], int
     used = np.flatnonzero((np.abs(analysis) + np.abs(synthesis)).max(axis=0) > 1e-12)
     window = slice(int(used[0]), int(used[-1]) + 1)
     return analysis[:, window], int(used[0]) - centre, synthesis[:, window]
+
+
+def _impulse(size: int, place: int) -> npt.NDArray[np.float64]:
+    signal = np.zeros(size)
+    signal[place] = 1.0
+    return signal
 
 
 def _packet(signal: npt.NDArray[np.float64], wavelet: str, levels: int) -> npt.NDArray[np.float64]:

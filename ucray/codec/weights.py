@@ -55,6 +55,9 @@ LARGEST_SHIFT = 32
 LARGEST_LATENTS = 1 << 13
 """Of a cell: sums over all of them then stay below 2^53."""
 
+FEATURES_PER_VOXEL = 64
+"""At most, in any network: what a decoder computes is bounded by a chunk's voxels too."""
+
 LATENTS_PER_VOXEL = 4
 """At most, so that what a chunk unpacks to is bounded by its voxels."""
 
@@ -224,6 +227,9 @@ class Weights:
         config = self.config
         if config.latents > min(LARGEST_LATENTS, LATENTS_PER_VOXEL * math.prod(config.latent_cell)):
             raise WeightsError(f"the weights are damaged: {config.latents} latents a cell")
+        widest = max(config.code_width, config.context_width)
+        if widest > FEATURES_PER_VOXEL * math.prod(config.latent_cell):
+            raise WeightsError(f"the weights are damaged: more than {FEATURES_PER_VOXEL} features a voxel")
         arrays = self.part("stream")
         for name, (shape, dtype) in _expected(config).items():
             array = arrays.get(name)

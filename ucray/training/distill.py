@@ -39,6 +39,7 @@ from ucray.training.ordering import ORDER_CHUNKS, learn_passes
 from ucray.training.prune import Networks, prune
 from ucray.training.schedule import share_of_rate
 from ucray.training.soap import Soap
+from ucray.training.tiles import tile_seed
 from ucray.training.widening import is_wider, start_rest, take_first
 
 TABLE_SPEED = 10.0
@@ -99,6 +100,7 @@ class Trainer:
         self.config = config
         self.settings = settings
         self.step_number = 0
+        self._rank = rank
         self.device = torch.device(device)
         self.coder = Coder(config)
         self.teacher = synthesis_of(config, "teacher")
@@ -237,7 +239,11 @@ class Trainer:
                     state.setdefault(int(index), {})[key] = value
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self._generator.set_state(tensors["generator"])
+        if self._rank == 0:
+            self._generator.set_state(tensors["generator"])
+        else:
+            # The state is that of the first worker; others go on with noise of their own.
+            self._generator.manual_seed(tile_seed(self.settings.seed, self._rank, self.step_number))
 
     def _enter(self, stage: int, *, resumed: bool = False) -> None:
         self._stage = stage

@@ -55,9 +55,11 @@ def prune(found: Networks, batches: Sequence[Tensor], *, keep_coder: bool = Fals
             if getattr(found.config, name) is None:
                 continue
             tried = without(found, part, name)
-            reached = measured.loss(getattr(tried, part))
+            # Latents anticipate what the student's filter adds: one that has none has a stream of its own.
+            seen = _Measured.of(tried, batches[:BATCHES]) if part == "student" else measured
+            reached = seen.loss(getattr(tried, part))
             if reached <= loss + TOLERANCE:
-                found, loss = tried, reached
+                found, loss, measured = tried, reached, seen
     if found.config.analysis is not None and not keep_coder:
         tried = with_linear_analysis(found, measured.counts.argmax(dim=1))
         reached = _Measured.of(tried, batches[:BATCHES]).loss(tried.student)
