@@ -84,7 +84,7 @@ TracedBy = Annotated[
     ),
 ]
 Memory = Annotated[str | None, typer.Option(help="What an encode worker may take, as 4GiB; 6GiB by default.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="cuda, or cpu; auto is cpu on Ray, and what is there with --serial.")]
 MetricsPort = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")
 ]
