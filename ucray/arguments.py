@@ -84,7 +84,9 @@ TracedBy = Annotated[
     ),
 ]
 Memory = Annotated[str | None, typer.Option(help="What an encode worker may take, as 4GiB; 6GiB by default.")]
-Device = Annotated[str, typer.Option(help="cuda, or cpu; auto is cpu on Ray, and what is there with --serial.")]
+Device = Annotated[
+    str, typer.Option(help="cpu or cuda; auto is cpu on Ray, and with --serial what is there.")
+]
 MetricsPort = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port.")
 ]
