@@ -81,6 +81,8 @@ def test_the_job_keeps_what_the_plan_says(
         data=np.asarray(drawn[...]),
         chunks=(32, 32, 64),
         shards=shards,
+        # Where an array says nothing of its voxels' size, it is looked for around it.
+        attributes={"resolution": [8, 8, 8]},
         storage_options={"endpoint_url": store.endpoint},
     )
 

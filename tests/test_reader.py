@@ -135,6 +135,10 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_store_that_does_not_serve_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    # Connections that other tests made have credentials of theirs.
+    s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:1/a cannot be read"):
         ucray.open("http://127.0.0.1:1/a")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):

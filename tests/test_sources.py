@@ -205,7 +205,9 @@ def test_a_stack_of_files_with_more_than_a_section_each_is_refused(tmp_path: Pat
 def test_a_scale_is_known_by_the_group_that_lists_it(tmp_path: Path) -> None:
     """Whoever names it: below the group's own folder, by its own place, with a slash too many."""
     group = zarr.open_group(tmp_path / "v.zarr", mode="w").create_group("em")
-    group.create_array("deep/s0", data=np.zeros((10, 11, 12), np.uint8))
+    voxels = np.zeros((10, 11, 12), np.uint8)
+    voxels[:, :, 11] = 7
+    group.create_array("deep/s0", data=voxels)
     axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "xyz"]
     transforms = [{"type": "scale", "scale": [4.0, 4.0, 40.0]}]
     datasets: Any = [{"path": "deep/s0", "coordinateTransformations": transforms}]
@@ -221,6 +223,8 @@ def test_a_scale_is_known_by_the_group_that_lists_it(tmp_path: Path) -> None:
         volume = open_volume(str(place), array)
         assert volume.space == Space((40.0, 4.0, 4.0), unit="nanometer")
         assert volume.shape == (12, 11, 10)
+        # A worker knows the axes, and need not look.
+        assert pickle.loads(pickle.dumps(volume)).read(Box((11, 0, 0), (12, 11, 10))).sum() == 110 * 7
 
 
 @pytest.mark.parametrize(

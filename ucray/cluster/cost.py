@@ -73,7 +73,7 @@ def cheapest(ways: Sequence[Way], months: float) -> Way:
 
 
 METADATA_READS = 9
-"""GET requests that find and open source and archive."""
+"""GET requests that find and open source and archive; more where an array does not say its voxels' size."""
 
 
 def requests(shards: int, source_reads: float) -> tuple[int, int]:

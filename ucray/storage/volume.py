@@ -51,6 +51,8 @@ class Volume:
         SHA-256 of what tells it from other volumes.
     select
         Place on each axis that is not z, y or x.
+    axes
+        Of the array, in its order; a worker does not look for what names them.
     """
 
     url: str
@@ -62,11 +64,12 @@ class Volume:
     space: Space
     identity: str
     select: tuple[tuple[str, int], ...] = ()
+    axes: tuple[str, ...] = SPATIAL
 
     @cached_property
     def array(self) -> Opened:
         """The array behind the volume."""
-        return _open(self.url, self.path or None, self.endpoint_url)
+        return replace(_open(self.url, self.path or None, self.endpoint_url), axes=self.axes)
 
     @property
     def chunks(self) -> Shape3:
@@ -148,7 +151,7 @@ def open_volume(
         If the store does not serve.
     """
     places = {} if select is None else _parse_select(select)
-    opened = _open(url, array, endpoint_url)
+    opened = _open(url, array, endpoint_url, around=True)
     chosen = _chosen(opened, places, url)
     dtype = np.dtype(opened.dtype).name
     if dtype not in dtypes:
@@ -168,11 +171,12 @@ def open_volume(
         space=opened.space,
         identity=hashlib.sha256(identity.encode()).hexdigest(),
         select=chosen,
+        axes=opened.axes,
     )
 
 
-def _open(url: str, array: str | None, endpoint_url: str | None) -> Opened:
-    """The array at `url`, whatever its format."""
+def _open(url: str, array: str | None, endpoint_url: str | None, *, around: bool = False) -> Opened:
+    """The array at `url`, whatever its format; groups `around` a zarr array may say where its voxels lie."""
     kind, _, place = url.partition("://")
     if kind == N5:
         return open_n5(place, array, endpoint_url)
@@ -185,7 +189,7 @@ def _open(url: str, array: str | None, endpoint_url: str | None) -> Opened:
     if suffix in from_tiff.SUFFIXES and not has_magic(url) and not (local and Path(url).is_dir()):
         return open_tiff(url, array, endpoint_url)
     if (node := find_zarr(url, endpoint_url)) is not None:
-        return open_zarr(node, url, array, endpoint_url)
+        return open_zarr(node, url, array, endpoint_url, around=around)
     if files := stack_of(url):
         return open_stack(url, files)
     for opener in (open_precomputed, open_n5):

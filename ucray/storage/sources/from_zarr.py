@@ -52,10 +52,12 @@ def find_zarr(url: str, endpoint_url: str | None) -> ZarrNode | None:
         raise SourceError(f"{url} is no readable zarr: {' '.join(str(error).split())}") from None
 
 
-def open_zarr(node: ZarrNode, url: str, array: str | None, endpoint_url: str | None) -> Opened:
+def open_zarr(
+    node: ZarrNode, url: str, array: str | None, endpoint_url: str | None, *, around: bool = False
+) -> Opened:
     """An array, or one of a group: an OME-Zarr group's first scale is the default.
 
-    What is not said by the group at `url` of an array below is looked for in the groups around the array.
+    Where neither an array nor the group at `url` says where its voxels lie, groups `around` it are asked.
     """
     multiscale: dict[str, Any] = {}
     path = ""
@@ -67,14 +69,11 @@ def open_zarr(node: ZarrNode, url: str, array: str | None, endpoint_url: str | N
         raise SourceError(f"{url} is an array itself; leave --array out")
     else:
         opened = node
-    scale = path
-    if not _lists(multiscale, scale):
-        multiscale, scale = _around(f"{url.rstrip('/')}/{path}".rstrip("/"), endpoint_url)
-    names: Any = multiscale_axes(multiscale) or getattr(opened.metadata, "dimension_names", None)
-    axes = axes_of(url, names or cast(Any, opened.attrs.get("_ARRAY_DIMENSIONS")), opened.ndim)
-    space = multiscale_space(multiscale, scale, axes)
-    if space == Space():
-        space = attribute_space(opened.attrs.asdict(), axes)
+    axes, space = _lies(opened, url, multiscale, path)
+    if around and space == Space() and not _lists(multiscale, path):
+        found, scale = _around(f"{url.rstrip('/')}/{path}".rstrip("/"), endpoint_url)
+        if found:
+            axes, space = _lies(opened, url, found, scale)
     fill = opened.metadata.fill_value
     return Opened(
         voxels=opened,
@@ -88,6 +87,16 @@ def open_zarr(node: ZarrNode, url: str, array: str | None, endpoint_url: str | N
         space=space,
         metadata=json.dumps(opened.metadata.to_dict(), sort_keys=True, default=str),
     )
+
+
+def _lies(
+    opened: zarr.Array[Any], url: str, multiscale: Mapping[str, Any], path: str
+) -> tuple[tuple[str, ...], Space]:
+    """Axes of an array, and where its voxels lie, by a multiscale or by what it says itself."""
+    names: Any = multiscale_axes(multiscale) or getattr(opened.metadata, "dimension_names", None)
+    axes = axes_of(url, names or cast(Any, opened.attrs.get("_ARRAY_DIMENSIONS")), opened.ndim)
+    space = multiscale_space(multiscale, path, axes)
+    return axes, attribute_space(opened.attrs.asdict(), axes) if space == Space() else space
 
 
 def _lists(multiscale: Mapping[str, Any], path: str) -> bool:
