@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from object_store import ObjectStore
 from PIL import Image
 
 import ucray
-from ucray.errors import ArchiveError, CredentialsError, SettingsError, StorageError
+from ucray.errors import ArchiveError, SettingsError, StorageError
 
 SHAPE = (40, 50, 70)
 
@@ -134,18 +135,19 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
         ucray.open(str(tmp_path / "plain"))
 
 
-def test_a_store_that_does_not_serve_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import s3fs
-
-    # Connections that other tests made have credentials of theirs.
-    s3fs.S3FileSystem.clear_instance_cache()
+def test_a_store_that_does_not_serve_is_said_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:1/a cannot be read"):
         ucray.open("http://127.0.0.1:1/a")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(CredentialsError, match="no credentials for s3://lab/a"):
-        ucray.open("s3://lab/a")
+    # Connections that other tests made have credentials of theirs: a process of its own has none.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
+    code = "import ucray; ucray.open('s3://lab/a')"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.stderr.splitlines()[-1].startswith(
+        "ucray.errors.CredentialsError: no credentials for s3://lab/a"
+    )
 
 
 def test_an_archive_is_opened_on_an_object_store(
