@@ -29,9 +29,19 @@ from ucray.codec.chunk import ChunkFormat
 from ucray.codec.decoder import ChunkDecoder
 from ucray.codec.encoder import ChunkEncoder
 from ucray.codec.importance import LEADING, ChunkImportance
+from ucray.codec.scenes import angles_of, distance_gradient, scenes
 from ucray.codec.shipped import shipped_weights
 from ucray.codec.steering import Steering
-from ucray.codec.tracer import FORMAT, MembraneNetwork, Normaliser, TracerNetwork, sign_gradients
+from ucray.codec.tracer import (
+    FORMAT,
+    MIRRORED,
+    MembraneNetwork,
+    Normaliser,
+    TracerNetwork,
+    logits_of,
+    mirrored,
+    sign_gradients,
+)
 from ucray.errors import DestinationError, SettingsError, WeightsError
 from ucray.grid import Box
 from ucray.storage.tracer import StoredTracer
@@ -115,8 +125,9 @@ def test_a_box_is_seen_with_what_lies_around_it() -> None:
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("tile", [(80, 80, 80), (16, 16, 24)])
+@pytest.mark.parametrize("image", [0, 5])
 def test_gradients_are_those_of_the_voxels_there_are(
-    flat: bool, tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+    flat: bool, tile: tuple[int, int, int], image: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a volume of any shape: what lies beyond its end is not there to be found, and repeats what is."""
     monkeypatch.setattr(tracer, "fast_in_bfloat16", lambda: False)
@@ -128,21 +139,23 @@ def test_gradients_are_those_of_the_voxels_there_are(
     box = Box((0, 0, 0), shape)
     before = random.normal(128, 40, shape).astype(np.float32)
     after = before + random.normal(0, 8, shape).astype(np.float32)
-    scenes = seen.scenes(before, box)
-    gradient = seen.distance_gradient(scenes, after, box).astype(np.float64)
+    found = scenes(seen, before, box)
+    gradient = distance_gradient(seen, found, after, box, image).astype(np.float64)
     assert gradient.shape == shape
 
     def distance(voxels: Any) -> float:
         """Summed over tiles and what is seen around each, as each of them is looked at."""
         total = 0.0
-        for scene in scenes:
-            here = seen._angles(seen._input(voxels[scene.around.slices]))
+        axes = MIRRORED[image]
+        for scene in found:
+            x = mirrored(seen.input_of(voxels[scene.around.slices]), axes)
+            here = angles_of(logits_of(seen.network, x).flip(axes))
             total += float(2.0 * (here - scene.angles).double().square().sum())
         return total
 
     if tile == (80, 80, 80):
-        assert len(scenes) == 1
-        assert scenes[0].angles.shape == (1, 1, *shape)
+        assert len(found) == 1
+        assert found[0].angles.shape == (1, 1, *shape)
         # At the end itself a voxel counts as often as it is repeated.
         change = np.zeros(shape, np.float32)
         change[-1] = gradient[-1] / np.abs(gradient[-1]).max()
@@ -151,9 +164,24 @@ def test_gradients_are_those_of_the_voxels_there_are(
             rise = (distance(after + step * change) - distance(after - step * change)) / (2 * step)
         assert (gradient * change).sum() / 40.0 == pytest.approx(rise, rel=0.02)
     else:
-        assert len(scenes) > 1
-        whole = seen.distance_gradient(seen.scenes(before, box), after, box)
+        assert len(found) > 1
+        whole = distance_gradient(seen, scenes(seen, before, box), after, box, image)
         np.testing.assert_array_equal(gradient.astype(np.float32), whole)
+
+
+def test_what_is_to_be_kept_is_what_a_tracer_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says the mean over a volume's mirror images: what `bench` and people trace by."""
+    monkeypatch.setattr(tracer, "fast_in_bfloat16", lambda: False)
+    seen = tracer_of(2)
+    voxels = np.random.default_rng(0).normal(128, 40, (16, 24, 32)).astype(np.float32)
+    (scene,) = scenes(seen, voxels, Box((0, 0, 0), voxels.shape))
+    said = unet._found(seen.network, seen.normaliser.normalised(voxels)).astype(np.float64)
+    angles = np.arcsin(np.sqrt(said))
+    np.testing.assert_allclose(scene.angles[0, 0], angles, atol=1e-5)
+    # One image alone says something else.
+    with torch.inference_mode():
+        alone = angles_of(logits_of(seen.network, seen.input_of(voxels)))
+    assert np.abs(np.asarray(alone[0, 0]) - angles).max() > 1e-3
 
 
 def test_what_is_no_number_hides_nothing_else() -> None:
@@ -201,13 +229,21 @@ def options(folder: Path, **others: Any) -> CompressOptions:
 
 
 def moved(seen: TracerNetwork, before: Any, after: Any) -> float:
-    """How far what the tracer finds in voxels is from what it finds in others."""
+    """How far what is found in mirror images of voxels is from what is said of others, beyond their own.
+
+    What it says is the mean over images.
+    """
+    first, second = (
+        torch.from_numpy(seen.normaliser.normalised(voxels))[None, None] for voxels in (before, after)
+    )
     with torch.inference_mode():
-        p, q = (
-            seen.network(torch.from_numpy(seen.normaliser.normalised(voxels))[None, None]).sigmoid()
-            for voxels in (before, after)
+        found, now = (
+            torch.cat([seen.network(x.flip(axes)).sigmoid().flip(axes) for axes in MIRRORED])
+            for x in (first, second)
         )
-    return float((p.sqrt().asin() - q.sqrt().asin()).square().mean())
+    said = found.mean(0).sqrt().asin()
+    far, further = (float((images.sqrt().asin() - said).square().mean()) for images in (found, now))
+    return further - far
 
 
 def test_a_steered_chunk_moves_what_is_found_less_than_one_that_is_weighed(folder: Path) -> None:

@@ -5,6 +5,7 @@ Every half of the volume is looked at by a tracer that learnt from the other, an
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ MEMBRANE_GAIN = 8.0
 """How much more the error of a voxel weighs that is surely membrane than that of one that surely is none."""
 
 SEED = 0
+GUIDE = 2
+"""The seed of the network that steers; those that trace have others, however many they are."""
+
 DRAWN_BLOCKS = 2000
 """Of blocks with replacement, for the intervals."""
 
@@ -187,11 +191,11 @@ def _learnt(
         sight = NetworkSight.of(part.voxels, flat=part.flat, steps=network_steps, shelf=shelf)
     segments = part.segments if task == "segmentation" else None
     lesson = Lesson(sight.features(part.voxels), part.membrane, part.known, segments)
-    seeds = range(SEED, SEED + tracers)
+    seeds = itertools.islice((seed for seed in itertools.count(SEED) if seed != GUIDE), tracers)
     found = tuple(Tracer.trained(sight, lesson, seed=seed) for seed in seeds)
     if not (guided and isinstance(sight, NetworkSight)):
         return sight, found, None
-    guide = sight.taught(lesson, seed=SEED + tracers)
+    guide = sight.taught(lesson, seed=GUIDE)
     return sight, found, TracerNetwork(guide.network, sight.normaliser)
 
 

@@ -11,6 +11,7 @@ It learns from original voxels and their labels alone, and is then applied to wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,10 +24,10 @@ Labels = npt.NDArray[np.int64]
 Features = npt.NDArray[np.float32]
 """(z, y, x, features)."""
 
-MERGES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
-"""Mean membrane probability of a border below which fragments are one."""
+MERGES = tuple(n / 40 for n in range(8, 33))
+"""Mean membrane probability of a border below which fragments are one; in order."""
 
-AROUND = 1
+AROUND = 4
 """Thresholds on either side of the best that are looked at too: one border more or less is chance."""
 
 SEED_DISTANCE = 2.0
@@ -92,14 +93,13 @@ class Tracer:
         if segments is None:
             return tracer
         fragments = tracer.fragments(found)
-        lost = [sum(information(merged(fragments, found, level), segments)) for level in MERGES]
+        lost = [sum(information(one, segments)) for one in merged(fragments, found, MERGES)]
         best = lost.index(min(lost))
         return cls(find, threshold, MERGES[max(best - AROUND, 0) : best + AROUND + 1])
 
     def segments(self, probability: Probability) -> list[Labels]:
         """Neurons by number, for each of the thresholds."""
-        fragments = self.fragments(probability)
-        return [merged(fragments, probability, merge) for merge in self.merges]
+        return list(merged(self.fragments(probability), probability, self.merges))
 
     def fragments(self, probability: Probability) -> Labels:
         """Parts of neurons, each around a place far from any membrane, numbered from 1."""
@@ -116,23 +116,28 @@ class Tracer:
         return np.asarray(fragments, np.int64)
 
 
-def merged(fragments: Labels, probability: Probability, merge: float) -> Labels:
-    """Fragments joined, weakest border first, while a border's mean membrane probability is below `merge`."""
+def merged(fragments: Labels, probability: Probability, merges: Sequence[float]) -> Iterator[Labels]:
+    """Fragments joined, weakest border first, while its mean membrane probability is below a threshold.
+
+    That is done for each of some rising thresholds, from where the one before it ended.
+    """
     from skimage import graph
 
     if fragments.min() == fragments.max():
-        return fragments
+        yield from [fragments] * len(merges)
+        return
     borders = graph.rag_boundary(fragments, probability)  # type: ignore[no-untyped-call]
-    joined = graph.merge_hierarchical(  # type: ignore[no-untyped-call]
-        fragments,
-        borders,
-        thresh=merge,
-        rag_copy=False,
-        in_place_merge=True,
-        merge_func=lambda borders, gone, kept: None,
-        weight_func=_joined_border,
-    )
-    return np.asarray(joined, np.int64)
+    for merge in merges:
+        joined = graph.merge_hierarchical(  # type: ignore[no-untyped-call]
+            fragments,
+            borders,
+            thresh=merge,
+            rag_copy=False,
+            in_place_merge=True,
+            merge_func=lambda borders, gone, kept: None,
+            weight_func=_joined_border,
+        )
+        yield np.asarray(joined, np.int64)
 
 
 def _joined_border(borders: Any, gone: int, kept: int, other: int) -> dict[str, float]:

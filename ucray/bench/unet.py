@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -27,11 +26,13 @@ from ucray.bench.crops import Crops, offsets
 from ucray.bench.tissue import Features, Finder, Lesson, Probability, Volume
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.tracer import (
+    MIRRORED,
     WIDTHS,
     MembraneNetwork,
     Normaliser,
     TracerNetwork,
     fewer_bits,
+    mirrored,
     padded,
 )
 from ucray.errors import WeightsError
@@ -210,16 +211,8 @@ def _found(network: MembraneNetwork, voxels: npt.NDArray[np.float32]) -> Probabi
     """Probability of membranes: the mean over a volume and its seven mirror images."""
     x = padded(torch.from_numpy(np.ascontiguousarray(voxels))[None, None])
     total = torch.zeros_like(x)
-    images = [
-        tuple(2 + axis for axis in range(3) if back[axis])
-        for back in itertools.product((False, True), repeat=3)
-    ]
     with torch.inference_mode(), fewer_bits("cpu"):
-        for back in images:
-            total += network(_flipped(x, back)).float().sigmoid().flip(back)
+        for axes in MIRRORED:
+            total += network(mirrored(x, axes)).float().sigmoid().flip(axes)
     inside = tuple(slice(n) for n in voxels.shape)
-    return np.asarray((total / len(images))[0, 0].numpy()[inside])
-
-
-def _flipped(x: Tensor, back: tuple[int, ...]) -> Tensor:
-    return x.flip(back).contiguous(memory_format=torch.channels_last_3d)
+    return np.asarray((total / len(MIRRORED))[0, 0].numpy()[inside])

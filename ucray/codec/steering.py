@@ -21,6 +21,7 @@ import numpy.typing as npt
 from ucray.codec.encoder import ChunkEncoder, Prepared
 from ucray.codec.fill import fill_mask
 from ucray.codec.importance import Weights
+from ucray.codec.scenes import distance_gradient, scenes
 from ucray.codec.threads import one_thread
 from ucray.codec.tracer import SEEN, TracerNetwork
 from ucray.errors import WeightsError
@@ -74,19 +75,19 @@ class Steering:
     def _steered(self, prepared: Prepared, view: View, quality: int, mean: float) -> Prepared:
         encoder = self._encoder
         (latents,) = encoder.latents([prepared.voxels], [prepared.quality(quality)])
-        scenes = self._tracer.scenes(view.voxels, view.box)
+        seen = scenes(self._tracer, view.voxels, view.box)
         least = np.float32(LEAST_STEERED * mean)
         # Gradients are along voxels in the tracer's units, latents in whole ones of voxels in the chunk's.
         unit = np.float32(self._scale) * encoder.stream.context.unit
         curvature = np.square(np.maximum(view.weights, least)) * unit
         filled = fill_mask(prepared.voxels, encoder.format.fill_value)
         inside = tuple(slice(n) for n in prepared.voxels.shape)
-        seen = view.voxels.copy()
+        now = view.voxels.copy()
         shift = np.zeros_like(latents.values)
-        for rate in RATES:
+        for step, rate in enumerate(RATES):
             decoded = encoder.decoded(replace(prepared, shift=shift), latents, quality)[inside]
-            seen[view.box.slices] = np.where(filled, prepared.voxels, decoded)
-            gradient = self._tracer.distance_gradient(scenes, seen, view.box)
+            now[view.box.slices] = np.where(filled, prepared.voxels, decoded)
+            gradient = distance_gradient(self._tracer, seen, now, view.box, step)
             gradient[filled] = 0.0
             shift -= np.float32(rate) * encoder.sensitivity.along(gradient) / curvature
         return replace(prepared, shift=_numbers(shift))

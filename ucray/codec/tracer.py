@@ -11,9 +11,10 @@ errors weigh (`ucray.codec.sensitivity`), a decoder does not know of it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,8 +52,10 @@ SEEN = 8
 LARGEST_VOXEL = 1e4
 """In deviations; what is larger says no more."""
 
-LARGEST_LOGIT = 60.0
-"""Beyond it a probability is 0 or 1."""
+MIRRORED = tuple(
+    tuple(2 + axis for axis in range(3) if back[axis]) for back in itertools.product((False, True), repeat=3)
+)
+"""Axes of voxels (batch, 1, z, y, x) that are turned back in each of a volume's mirror images, none first."""
 
 
 class Block(nn.Module):
@@ -143,15 +146,6 @@ class Normaliser:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What is found in a tile of voxels and around it: angles (1, 1, z, y, x) of what is `around`."""
-
-    tile: Box
-    around: Box
-    angles: Tensor
-
-
-@dataclass(frozen=True)
 class TracerNetwork:
     """A network that has learnt, and the units of the voxels that it learnt from."""
 
@@ -166,40 +160,10 @@ class TracerNetwork:
         seen = self.normaliser.normalised(voxels[around.slices])
         return sign_gradients(self.network, seen, box.relative_to(around), draws=draws, seed=seed)
 
-    def scenes(self, voxels: npt.NDArray[np.generic], box: Box) -> list[Scene]:
-        """What is found in and around a box of voxels (z, y, x), tile by tile."""
-        found = []
-        for tile, around in tiles(self.network, box, triple(iter(voxels.shape))):
-            with torch.inference_mode():
-                angles = self._angles(self._input(voxels[around.slices]))
-            found.append(Scene(tile, around, angles.clone()))
-        return found
-
-    def distance_gradient(
-        self, scenes: Sequence[Scene], voxels: npt.NDArray[np.generic], box: Box
-    ) -> npt.NDArray[np.float32]:
-        """Gradient (z, y, x), along voxels of a box, of how far what is found in them is from what was.
-
-        That is twice the square of what the angles asin(sqrt(p)) of probabilities have turned; where they
-        turn little it is half the Fisher information of the change.
-        """
-        found = np.empty(box.shape, np.float32)
-        for scene in scenes:
-            x = self._input(voxels[scene.around.slices]).requires_grad_()
-            turned = self._angles(x) - scene.angles
-            (gradient,) = torch.autograd.grad(2.0 * turned.square().sum(), x)
-            inside = scene.tile.relative_to(scene.around).slices
-            found[scene.tile.relative_to(box).slices] = gradient[0, 0].cpu().numpy()[inside]
-        return found
-
-    def _input(self, voxels: npt.NDArray[np.generic]) -> Tensor:
+    def input_of(self, voxels: npt.NDArray[np.generic]) -> Tensor:
+        """Voxels (z, y, x) as the network takes them, (1, 1, z, y, x)."""
         seen = torch.from_numpy(np.ascontiguousarray(self.normaliser.normalised(voxels)))[None, None]
         return seen.to(next(self.network.parameters()).device)
-
-    def _angles(self, x: Tensor) -> Tensor:
-        """Angles asin(sqrt(p)), from 0 to pi / 2, of the probabilities in voxels."""
-        logits = _logits(self.network, x)
-        return torch.as_tensor((0.5 * logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)).exp().atan())
 
     def to(self, device: str) -> TracerNetwork:
         """The same on a device."""
@@ -257,7 +221,7 @@ def sign_gradients(
         inside = tile.relative_to(around).slices
         seen = np.ascontiguousarray(voxels[around.slices])
         x = torch.from_numpy(seen)[None, None].to(device).requires_grad_()
-        logits = _logits(network, x)
+        logits = logits_of(network, x)
         probability = logits.detach().sigmoid()
         deviation = (probability * (1.0 - probability)).sqrt()
         for draw in range(draws):
@@ -275,11 +239,16 @@ def tiles(network: MembraneNetwork, box: Box, shape: Shape3) -> Iterator[tuple[B
         yield tile, tile.grown(SEEN).clipped(shape)
 
 
-def _logits(network: MembraneNetwork, x: Tensor) -> Tensor:
+def logits_of(network: MembraneNetwork, x: Tensor) -> Tensor:
     """What a network says of voxels (1, 1, z, y, x) of any shape, in as many."""
     with fewer_bits(x.device.type):
         logits = network(padded(x)).float()
     return torch.as_tensor(logits[(..., *(slice(n) for n in x.shape[2:]))])
+
+
+def mirrored(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """A mirror image of voxels, laid out as networks take them."""
+    return x.flip(axes).contiguous(memory_format=torch.channels_last_3d)
 
 
 def padded(x: Tensor) -> Tensor:
