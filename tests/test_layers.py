@@ -17,6 +17,7 @@ ROOT = Path(ucray.__file__).parent
 FLOORS = {
     "ucray.errors": (1, 0),
     "ucray.loading": (1, 0),
+    "ucray.notebook": (1, 0),
     "ucray.quality": (1, 0),
     # Floor 2 has steps: the codec stands on its settings, the settings on whole-number geometry.
     "ucray.grid": (2, 0),
@@ -24,6 +25,7 @@ FLOORS = {
     "ucray.settings": (2, 1),
     "ucray.synthetic": (2, 1),
     "ucray.resample": (2, 1),
+    "ucray.selection": (2, 1),
     "ucray.codec": (2, 2),
     "ucray.zarr_codec": (3, 0),
     "ucray.zarr_level": (3, 0),

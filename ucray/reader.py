@@ -6,9 +6,6 @@ machine's disk.
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +20,9 @@ from ucray.codec.chunk import Voxels
 from ucray.errors import ArchiveError, SettingsError, StorageError
 from ucray.grid import Box, Grid, Shape3, triple
 from ucray.loading import nothing_collected
+from ucray.notebook import shown
 from ucray.resample import Scale3, scaled_shape, tiles
+from ucray.selection import box_of
 from ucray.storage.index import ARRAY, shard_key
 from ucray.storage.local import LocalArchive
 from ucray.storage.space import SPATIAL, multiscale_of, multiscale_space
@@ -116,7 +115,7 @@ class View:
 
     def __getitem__(self, selection: Any) -> Any:
         """Voxels of slices and places; steps and negative places as in numpy."""
-        box, within = _box(selection, self.shape)
+        box, within = box_of(selection, self.shape)
         found = np.empty(box.shape, self.dtype)
         for tile in tiles(box, self.scale, self.archive.shape):
             found[tile.target.relative_to(box).slices] = tile.of(self.archive.read(tile.source))
@@ -217,7 +216,7 @@ class Reader:
         parts = selection if isinstance(selection, tuple) else (selection,)
         if any(isinstance(part, list | np.ndarray) for part in parts):
             return self.array[selection]
-        box, within = _box(selection, self.shape)
+        box, within = box_of(selection, self.shape)
         return self.read(box)[within]
 
     def read(self, box: Box) -> Voxels:
@@ -300,15 +299,7 @@ class Reader:
             "source": f"{settings['source']} {settings['source_array']}".strip(),
             "weights": str(settings["weights_digest"])[:12],
         }
-        cells = "".join(
-            f'<tr><th style="text-align:left">{html.escape(name)}</th>'
-            f'<td style="text-align:left">{html.escape(value)}</td></tr>'
-            for name, value in rows.items()
-        )
-        return (
-            '<div style="display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start">'
-            f"{self._thumbnail()}<table>{cells}</table></div>"
-        )
+        return shown(rows, self._middle, f"middle of slice {self.shape[0] // 2}")
 
     @property
     def target(self) -> str:
@@ -316,47 +307,8 @@ class Reader:
         asked = self.settings["target"].items()
         return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asked)
 
-    def _thumbnail(self) -> str:
-        """The middle of the middle slice as an <img>; nothing where pillow is not installed."""
-        try:
-            from PIL import Image
-        except ImportError:
-            return ""
+    def _middle(self) -> Voxels:
+        """The middle of the middle slice."""
         z, y, x = self.shape
         rows, columns = (slice(max(0, (n - THUMBNAIL) // 2), (n + THUMBNAIL) // 2) for n in (y, x))
-        plane = np.asarray(self[z // 2, rows, columns], np.float32)
-        finite = plane[np.isfinite(plane)]
-        low, high = np.percentile(finite, [1, 99]) if finite.size else (0.0, 1.0)
-        grey = np.clip(np.nan_to_num((plane - low) / max(high - low, 1e-9)), 0, 1) * 255
-        file = io.BytesIO()
-        Image.fromarray(grey.astype(np.uint8)).save(file, "PNG")
-        data = base64.b64encode(file.getvalue()).decode()
-        return f'<img alt="middle of slice {z // 2}" src="data:image/png;base64,{data}">'
-
-
-def _box(selection: Any, shape: Shape3) -> tuple[Box, tuple[Any, ...]]:
-    """The box that a selection lies in, and what is to be taken of that box."""
-    parts = selection if isinstance(selection, tuple) else (selection,)
-    if Ellipsis in parts:
-        place = parts.index(Ellipsis)
-        filled = 3 - (len(parts) - 1)
-        parts = (*parts[:place], *[slice(None)] * filled, *parts[place + 1 :])
-    parts = (*parts, *[slice(None)] * (3 - len(parts)))
-    if len(parts) != 3:
-        raise IndexError(f"{len(parts)} indices for three axes")
-    spans: list[tuple[int, int]] = []
-    within: list[Any] = []
-    for part, extent in zip(parts, shape, strict=True):
-        if isinstance(part, slice):
-            places = range(extent)[part]
-            first, last = (min(places), max(places) + 1) if places else (0, 0)
-            spans.append((first, last))
-            # The box ends with the last place that is taken, so that going backwards begins there.
-            within.append(slice(None, None, places.step))
-        else:
-            try:
-                spans.append((range(extent)[int(part)], range(extent)[int(part)] + 1))
-            except (TypeError, ValueError):
-                raise IndexError(f"{part!r} is neither a slice nor a place") from None
-            within.append(0)
-    return Box(triple(a for a, _ in spans), triple(b for _, b in spans)), tuple(within)
+        return np.asarray(self[z // 2, rows, columns])
