@@ -90,7 +90,6 @@ def bench(
         raise typer.BadParameter(
             "--codecs, --chunk and --no-exact-fill do not go with --pipeline, --device, --levels"
         )
-    how: dict[str, Any]
     connection = Connection(endpoint_url, array, select)
     names = [name for name in codecs.split(",") if name]
     asked = parse_ratios(ratios)
@@ -104,12 +103,21 @@ def bench(
     elif levels is not None:
         _levels(source, output, loaded, levels, asked, roi, connection, as_json=as_json)
     elif task is not None and labels is not None:
-        classes = parse_classes(membrane)
-        how = {"tracers": tracers, "network_steps": network_steps, "networks": networks}
-        tracing = Tracing(source, labels, classes, roi, shape, connection, **how, exact_fill=exact_fill)
+        tracing = Tracing(
+            source,
+            labels,
+            parse_classes(membrane),
+            roi,
+            shape,
+            connection,
+            tracers=tracers,
+            network_steps=network_steps,
+            networks=networks,
+            exact_fill=exact_fill,
+        )
         _task(tracing, output, loaded, task, names, asked, as_json=as_json)
     else:
-        how = {"codecs": names, "ratios": asked, "roi": roi, "chunk": shape}
+        how: dict[str, Any] = {"codecs": names, "ratios": asked, "roi": roi, "chunk": shape}
         how |= {"exact_fill": exact_fill, "connection": connection}
         _codecs(source, output, loaded, how, as_json=as_json)
 
