@@ -22,8 +22,9 @@ import zarr
 from object_store import ObjectStore
 
 import ucray
+from ucray.cluster.decompress import decompress_archive
 from ucray.cluster.session import Resources, claimed, coders, ray_session, resources, shared_out
-from ucray.cluster.telemetry import Telemetry
+from ucray.cluster.telemetry import Event, Telemetry
 from ucray.cluster.worker import ShardEncoder
 from ucray.errors import (
     ArchiveError,
@@ -420,6 +421,62 @@ def test_damage_ends_decompress_with_the_error_s_own_name(
     for serial in (True, False):
         with pytest.raises(ArchiveError, match="checksum"):
             ucray.decompress(str(tmp_path / "a"), str(tmp_path / f"plain-{serial}"), serial=serial)
+
+
+class StoppedError(Exception):
+    """Ends a job in its middle."""
+
+
+def test_a_volume_half_written_out_is_finished_by_the_same_command(
+    source: str, weights_file: str, tmp_path: Path, ray_running: None
+) -> None:
+    _serial(source, tmp_path / "a", weights_file)
+    archive, plain = str(tmp_path / "a"), tmp_path / "plain"
+    ucray.decompress(archive, str(tmp_path / "whole"), serial=True)
+    whole = _bytes(tmp_path / "whole")
+
+    def stop(event: Event) -> None:
+        if event.done > 2 * 32**3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        decompress_archive(archive, str(plain), serial=True, listener=stop)
+    shards = [path for path in (plain / "0" / "c").rglob("*") if path.is_file()]
+    assert 0 < len(shards) < sum("/c/" in name for name in whole)
+    times = {path: path.stat().st_mtime_ns for path in shards}
+    found = ucray.decompress(archive, str(plain), workers=2)
+    assert found.bytes_out == np.prod(SHAPE)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    same = {name: data for name, data in _bytes(plain).items() if name != "zarr.json"}
+    assert same == {name: data for name, data in whole.items() if name != "zarr.json"}
+    np.testing.assert_array_equal(
+        zarr.open_group(plain, mode="r")["0"][...],  # type: ignore[index]
+        zarr.open_group(archive, mode="r")["0"][...],  # type: ignore[index]
+    )
+    # Once more there is nothing to do, and where only the group was written all of it.
+    times = {path: path.stat().st_mtime_ns for path in plain.rglob("*") if path.is_file()}
+    ucray.decompress(archive, str(plain), serial=True)
+    assert {path: path.stat().st_mtime_ns for path in plain.rglob("*") if path.is_file()} == times
+    shutil.rmtree(plain / "0")
+    ucray.decompress(archive, str(plain), serial=True)
+    assert {name: data for name, data in _bytes(plain).items() if name != "zarr.json"} == same
+
+
+def test_another_archive_is_not_written_into_what_one_was_written_out_to(
+    source: str, weights_file: str, tmp_path: Path
+) -> None:
+    _serial(source, tmp_path / "a", weights_file)
+    _serial(source, tmp_path / "b", weights_file, ratio=32.0)
+    ucray.decompress(str(tmp_path / "a"), str(tmp_path / "plain"), serial=True)
+    before = _bytes(tmp_path / "plain")
+    for other in (tmp_path / "plain", tmp_path / "b", tmp_path / "damaged"):
+        if other.name == "damaged":
+            other.mkdir()
+            (other / "zarr.json").write_text("[]")
+        with pytest.raises(DestinationError, match="not empty"):
+            ucray.decompress(str(tmp_path / ("b" if other.name != "b" else "a")), str(other), serial=True)
+    assert _bytes(tmp_path / "plain") == before
+    assert _bytes(tmp_path / "damaged") == {"zarr.json": b"[]"}
 
 
 # Verification
