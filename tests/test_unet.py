@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ucray.bench import crops, unet
 from ucray.bench.crops import Crops, offsets
 from ucray.bench.labelled import Labelled, labelled
-from ucray.bench.task import _halves
+from ucray.bench.task import GUIDE, _halves
 from ucray.bench.tissue import AROUND, Finder, Lesson, Tracer, f1
 from ucray.bench.unet import NetworkFinder, NetworkSight
 from ucray.cli import app
@@ -204,6 +204,25 @@ def test_halves_are_looked_at_by_networks_where_these_are_asked_for() -> None:
         (tracer,) = half.tracers
         assert isinstance(tracer, Tracer)
         assert AROUND < len(tracer.merges) <= 2 * AROUND + 1
+
+
+@pytest.mark.parametrize("tracers", [1, 2, 4])
+def test_who_steers_never_judges_and_is_the_same_however_many_do(
+    tracers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught = []
+
+    def remembered(sight: NetworkSight, lesson: Lesson, *, seed: int) -> NetworkFinder:
+        taught.append(seed)
+        return NetworkFinder(MembraneNetwork(flat=False).eval())
+
+    monkeypatch.setattr(NetworkSight, "taught", remembered)
+    _halves("membrane", cells(1), tracers, 2, guided=True)
+    half = tracers + 1
+    assert taught == 2 * taught[:half]
+    *judges, guide = taught[:half]
+    assert guide == GUIDE
+    assert len({*judges, guide}) == half
 
 
 @dataclass
