@@ -41,6 +41,7 @@ from ucray.bench.task_report import task_to_markdown
 from ucray.bench.tissue import AROUND, Lesson, Sight, Tracer, f1, information, merged, rand_error
 from ucray.cli import app
 from ucray.cluster import tracing
+from ucray.cluster.telemetry import Event
 from ucray.codec.shipped import shipped_weights
 from ucray.errors import DestinationError, SettingsError
 from ucray.grid import Box
@@ -355,6 +356,35 @@ def test_what_cannot_be_measured_is_named_and_the_rest_keeps_its_rows(known: Lab
     assert len(rows) == 2
     assert {line.count("|") for line in rows} == {5}
     assert lines[-1] == "Missing: ucray: no weights were given."
+
+
+class StoppedError(Exception):
+    """Ends a benchmark in its middle."""
+
+
+def test_a_benchmark_that_is_stopped_leaves_the_codecs_before(tmp_path: Path) -> None:
+    voxels, labels = (found[:24, :96, :48] for found in cells(1))
+    zarr.create_array(tmp_path / "em.zarr", data=voxels)
+    zarr.create_array(tmp_path / "labels.zarr", data=labels.astype(np.uint16))
+
+    def stop(event: Event) -> None:
+        if event.note == "jpeg":
+            raise StoppedError
+
+    asked = tracing.Tracing(str(tmp_path / "em.zarr"), str(tmp_path / "labels.zarr"))
+    with pytest.raises(StoppedError):
+        tracing.trace(
+            asked,
+            str(tmp_path / "out"),
+            None,
+            "membrane",
+            codecs=["jpegxl", "jpeg"],
+            ratios=[6.0],
+            listener=stop,
+        )
+    rows = (tmp_path / "out" / "task.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows if row.startswith("|")][2:] == [ORIGINAL, "jpegxl"]
+    assert (tmp_path / "out" / "outlines.png").stat().st_size > 0
 
 
 def test_a_half_without_membranes_is_refused() -> None:

@@ -84,6 +84,9 @@ class Traced:
     panels: tuple[Panel, ...] = ()
 
 
+Keep = Callable[[Traced], object]
+
+
 def run_task(
     task: str,
     given: Labelled,
@@ -98,8 +101,11 @@ def run_task(
     network_steps: int = 0,
     shelf: Shelf | None = None,
     watch: Watch = lambda codec: None,
+    keep: Keep = lambda found: None,
 ) -> Traced:
     """Code a volume with every codec, and trace in each half of what comes back as its other half taught.
+
+    `keep` is given what was found so far after each codec, as all of it may take hours.
 
     Halves lie along y. Each is traced by so many `tracers`, which learnt from other voxels of the same half,
     with a U-Net in so many `network_steps`, or else with a forest; figures are means over them. U-Nets that
@@ -146,6 +152,7 @@ def run_task(
         reached = {score.wanted for score in scores if score.codec == name}
         if unreached := [f"{ratio:g}" for ratio in ratios if ratio not in reached]:
             missing[f"{name} at {', '.join(unreached)}"] = "no setting is so fine, or none so coarse"
+        keep(Traced(tuple(scores), dict(missing), tuple(panels)))
     return Traced(tuple(scores), missing, tuple(panels))
 
 

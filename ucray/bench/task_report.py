@@ -10,6 +10,7 @@ from pathlib import Path
 from ucray.bench.outlines import draw
 from ucray.bench.report import report_folder
 from ucray.bench.task import ORIGINAL, Score, Traced
+from ucray.bench.tissue import AROUND
 
 TASK_FILE = "task.md"
 
@@ -35,8 +36,9 @@ def task_to_markdown(found: Traced, title: str) -> str:
     lines = [
         f"# {title}",
         "",
-        "Means over blocks, each looked at by what learnt from the other half, and over three thresholds of "
-        "segments; in brackets what changes against the original, with its 95 % interval over blocks.",
+        "Means over blocks, each looked at by what learnt from the other half, and over "
+        f"{2 * AROUND + 1} thresholds of segments; in brackets what changes against the original, with its "
+        "95 % interval over blocks.",
         "",
         "| codec | ratio | PSNR | " + " | ".join(names) + " |",
         "|---|---|---|" + "---|" * len(names),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,14 +86,17 @@ class Tracing:
         codecs: Sequence[str],
         ratios: Sequence[float],
         listener: Listener,
+        keep: Callable[[Traced, str], object] = lambda found, title: None,
     ) -> tuple[Traced, str]:
-        """What was traced, and a title for it."""
+        """What was traced, and a title for it; after each codec `keep` is given both."""
         shelf = None if self.networks is None else open_objects(self.networks, self.connection.endpoint_url)
         if shelf is not None:
             shelf.check_place()
         volume, region, known = self.read()
         weights = fitting_weights(volume, weights)
         config = config_for(volume) if weights is None else weights.config
+        by = f", by a U-Net of {self.network_steps} steps" if self.network_steps else ""
+        title = f"{self.source.rstrip('/').rpartition('/')[2]} {region}: {task}{by}"
         found = run_task(
             task,
             known,
@@ -107,9 +110,9 @@ class Tracing:
             network_steps=self.network_steps,
             shelf=shelf,
             watch=lambda codec: listener(Event("trace", 0, 1, codec)),
+            keep=lambda found: keep(found, title),
         )
-        by = f", by a U-Net of {self.network_steps} steps" if self.network_steps else ""
-        return found, f"{self.source.rstrip('/').rpartition('/')[2]} {region}: {task}{by}"
+        return found, title
 
 
 def parse_classes(text: str) -> tuple[int, ...]:
@@ -132,12 +135,16 @@ def trace(
 ) -> Traced:
     """Measure what can be traced in what codecs leave of a volume; leaves a table and pictures in a folder.
 
+    They are there from the first codec on, and grow.
+
     Raises
     ------
     SettingsError
         If labels do not fit the volume or the task, or a name is unknown.
     """
-    found, title = tracing.run(task, weights, codecs, ratios, listener)
+    found, title = tracing.run(
+        task, weights, codecs, ratios, listener, lambda part, title: write_task(part, folder, title)
+    )
     write_task(found, folder, title)
     return found
 
