@@ -26,14 +26,13 @@ from ucray.bench.crops import Crops, offsets
 from ucray.bench.tissue import Features, Finder, Lesson, Probability, Volume
 from ucray.codec.allocator import keep_freed_memory
 from ucray.codec.tracer import (
-    MIRRORED,
     WIDTHS,
     MembraneNetwork,
     Normaliser,
     TracerNetwork,
     fewer_bits,
-    mirrored,
     padded,
+    said_by,
 )
 from ucray.errors import WeightsError
 
@@ -208,11 +207,6 @@ def _step(crops: Crops) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _found(network: MembraneNetwork, voxels: npt.NDArray[np.float32]) -> Probability:
-    """Probability of membranes: the mean over a volume and its seven mirror images."""
-    x = padded(torch.from_numpy(np.ascontiguousarray(voxels))[None, None])
-    total = torch.zeros_like(x)
-    with torch.inference_mode(), fewer_bits("cpu"):
-        for axes in MIRRORED:
-            total += network(mirrored(x, axes)).float().sigmoid().flip(axes)
-    inside = tuple(slice(n) for n in voxels.shape)
-    return np.asarray((total / len(MIRRORED))[0, 0].numpy()[inside])
+    """Probability of membranes in a volume."""
+    x = torch.from_numpy(np.ascontiguousarray(voxels))[None, None]
+    return np.asarray(said_by(network, x)[0, 0].numpy())

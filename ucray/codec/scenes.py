@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ucray.codec.tracer import MIRRORED, TracerNetwork, logits_of, mirrored, tiles
+from ucray.codec.tracer import MIRRORED, TracerNetwork, logits_of, mirrored, said_by, tiles
 from ucray.grid import Box, triple
 
 LARGEST_LOGIT = 60.0
@@ -41,13 +41,8 @@ def scenes(tracer: TracerNetwork, voxels: npt.NDArray[np.generic], box: Box) -> 
     """What a tracer finds in and around a box of voxels (z, y, x), tile by tile."""
     found = []
     for tile, around in tiles(tracer.network, box, triple(iter(voxels.shape))):
-        x = tracer.input_of(voxels[around.slices])
-        total = torch.zeros_like(x)
-        with torch.inference_mode():
-            for axes in MIRRORED:
-                total += logits_of(tracer.network, mirrored(x, axes)).sigmoid().flip(axes)
-            angles = angles_of((total / len(MIRRORED)).logit())
-        found.append(Scene(tile, around, angles.clone()))
+        said = said_by(tracer.network, tracer.input_of(voxels[around.slices]))
+        found.append(Scene(tile, around, angles_of(said.logit())))
     return found
 
 

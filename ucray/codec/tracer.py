@@ -246,6 +246,16 @@ def logits_of(network: MembraneNetwork, x: Tensor) -> Tensor:
     return torch.as_tensor(logits[(..., *(slice(n) for n in x.shape[2:]))])
 
 
+def said_by(network: MembraneNetwork, x: Tensor) -> Tensor:
+    """Probability of membranes in voxels (1, 1, z, y, x) of any shape: the mean over their mirror images."""
+    whole = padded(x)
+    total = torch.zeros_like(whole)
+    with torch.inference_mode(), fewer_bits(x.device.type):
+        for axes in MIRRORED:
+            total += network(mirrored(whole, axes)).float().sigmoid().flip(axes)
+    return torch.as_tensor(total[tuple(slice(n) for n in x.shape)] / len(MIRRORED))
+
+
 def mirrored(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """A mirror image of voxels, laid out as networks take them."""
     return x.flip(axes).contiguous(memory_format=torch.channels_last_3d)
